@@ -1,6 +1,6 @@
 """Every option of every part, as frozen dataclasses; presets fill them in, commands override single fields.
 
-Units: frames and pixels unless a name says `latent`; seconds for durations; timesteps run from 0 (clean) to 1000 (noise).
+Units: frames and pixels unless a name says `latent`; seconds for durations; timesteps from 0 (clean) to 1000 (noise).
 """
 
 from __future__ import annotations

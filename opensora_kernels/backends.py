@@ -1,0 +1,168 @@
+"""Which implementation runs an operator: register, choose, use, explain.
+
+Every operator has a `reference` in plain PyTorch and may have others. `choose` takes the first one, in the order of the
+tensor's device, whose `why_not` gives no reason against it. `use` and the environment variable
+`OPENSORA_KERNELS_BACKEND` ("triton", or "causal_conv3d=cuda,attention=library") change the order or give an order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+Backend = Literal["cuda", "triton", "npu", "cpu", "library", "reference"]
+
+_ORDER: dict[str, tuple[str, ...]] = {
+    "cuda": ("cuda", "triton", "library", "reference"),
+    "npu": ("npu", "reference"),
+    "cpu": ("cpu", "library", "reference"),
+}
+_DEFAULT_ORDER = ("library", "reference")
+_EVERY_OP = "*"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an operator, taking the operator's arguments without the trailing backend name.
+
+    A plain implementation is ordinary PyTorch: autograd, `torch.compile` and `torch_npu` see through it. The others run
+    inside the registered operator and may bring `backward`; without one, gradients recompute the reference.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    why_not: Callable[..., str | None] | None = None
+    is_plain: bool = False
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and can't serve this call; the message lists every candidate and its reason."""
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+
+
+def register(op: str, backend: Backend, implementation: Implementation) -> None:
+    """Make `implementation` a candidate for `op`."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"register: backend must be one of {get_args(Backend)}, got {backend!r}")
+    _implementations.setdefault(op, {})[backend] = implementation
+
+
+def ops() -> list[str]:
+    """Names of all registered operators, sorted."""
+    return sorted(_implementations)
+
+
+def backends_of(op: str) -> list[str]:
+    """Names of the backends that `op` has, in the order in which a GPU would try them."""
+    return [backend for backend in get_args(Backend) if backend in _implementations[op]]
+
+
+def implementation(op: str, backend: str) -> Implementation:
+    """The implementation of `op` called `backend`."""
+    return _implementations[op][backend]
+
+
+def choose(op: str, *arguments: Any) -> str:
+    """Name of the backend that serves `op` for these arguments (the first tensor's device sets the order).
+
+    Raises BackendError when a backend was asked for this very operator and can't serve it.
+    """
+    candidates = _implementations[op]
+    demanded = _overrides.get(op)
+    if demanded is not None:
+        if _reason(op, demanded, arguments) is not None:
+            raise BackendError(_refusal(op, demanded, arguments))
+        return demanded
+    order = _ORDER.get(_device_type(arguments), _DEFAULT_ORDER)
+    preferred = _overrides.get(_EVERY_OP)
+    for backend in order if preferred is None else (preferred, *order):
+        if backend in candidates and _reason(op, backend, arguments) is None:
+            return backend
+    raise BackendError(_refusal(op, "any backend", arguments))
+
+
+def why_not(op: str, backend: str, *arguments: Any) -> str | None:
+    """The reason why `backend` can't serve `op` for these arguments, as a sentence, or None."""
+    return _reason(op, backend, arguments)
+
+
+def explain(op: str, *arguments: Any) -> dict[str, str]:
+    """For each backend of `op` one sentence: "chosen", "available", or the reason against it."""
+    chosen = choose(op, *arguments)
+    return {
+        backend: "chosen" if backend == chosen else _reason(op, backend, arguments) or "available"
+        for backend in backends_of(op)
+    }
+
+
+class use:
+    """Prefer a backend, or order one for single operators; as a statement for good, as a context manager for a while.
+
+    `use("triton")` means "triton where possible". `use(causal_conv3d="cuda")` is an order: calls that it can't serve
+    raise BackendError. `use()` alone changes nothing. Unknown names raise ValueError.
+    """
+
+    def __init__(self, preferred: Backend | None = None, /, **demanded: Backend) -> None:
+        table = {**({} if preferred is None else {_EVERY_OP: preferred}), **demanded}
+        for op, backend in table.items():
+            if op not in (_EVERY_OP, *_implementations):
+                raise ValueError(f"use: there is no operator {op!r}; the operators are {', '.join(ops())}")
+            if backend not in get_args(Backend):
+                raise ValueError(f"use: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+        self._previous = dict(_overrides)
+        _overrides.update(table)
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _overrides.clear()
+        _overrides.update(self._previous)
+
+
+def _read_environment(text: str) -> dict[str, str]:
+    table = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        op, _, backend = entry.rpartition("=")
+        if backend not in get_args(Backend):
+            raise ValueError(
+                f"OPENSORA_KERNELS_BACKEND: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}"
+            )
+        table[op or _EVERY_OP] = backend
+    return table
+
+
+def _device_type(arguments: tuple[Any, ...]) -> str:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument.device.type
+        if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
+            return argument[0].device.type
+    return "cpu"
+
+
+def _reason(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
+    candidate = _implementations[op].get(backend)
+    if candidate is None:
+        return f"{op} has no {backend} implementation"
+    return None if candidate.why_not is None else candidate.why_not(*arguments)
+
+
+def _refusal(op: str, wanted: str, arguments: tuple[Any, ...]) -> str:
+    lines = [f"{op}: {wanted} was asked for and can't serve this call"]
+    for backend in dict.fromkeys([*([wanted] if wanted in get_args(Backend) else []), *backends_of(op)]):
+        lines.append(f"  {backend}: {_reason(op, backend, arguments) or 'available'}")
+    return "\n".join(lines)
+
+
+# What the user asked for: operator name (or "*") -> backend. A plain dict, so that torch.compile guards on it.
+_overrides: dict[str, str] = _read_environment(os.environ.get("OPENSORA_KERNELS_BACKEND", ""))

@@ -1,0 +1,31 @@
+"""RMSNorm over the last axis."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from opensora_kernels.checks import check_float, check_same_device, check_shape
+from opensora_kernels.registration import call, register_op
+
+from . import reference
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+
+    Shapes: x (*, C), weight (C,) or None; returns (*, C) in x's dtype. Any floating-point dtype.
+    Numbers: the mean is taken in fp32; the normalised value is rounded to x's dtype before the weight multiplies it.
+    Errors: TypeError for a dtype that is not floating-point, ValueError for a weight of another shape or device.
+    Source: Llama's RMSNorm as Open-Sora v1.2.0 uses it (opensora/models/layers/blocks.py).
+    """
+    check_float("rms_norm", "x", x)
+    if weight is not None:
+        check_float("rms_norm", "weight", weight)
+        check_shape("rms_norm", "weight", weight, (x.shape[-1],), "(C,)")
+    check_same_device("rms_norm", x=x, weight=weight)
+    return call("rms_norm", x, weight, eps)
+
+
+register_op("rms_norm", "(Tensor x, Tensor? weight, float eps) -> Tensor", reference.rms_norm)
