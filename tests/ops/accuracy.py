@@ -1,0 +1,50 @@
+"""The accuracy rule: truth is the reference on fp64 inputs; a kernel may be off by twice what PyTorch's chain is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# "A few ULP of the truth's scale": results rounded at up to eight points may be 8 half-ULP off where PyTorch is lucky.
+NUM_ULP = 4
+
+
+def assert_accurate(actual: object, at_same_dtype: object, truth: object, what: str) -> None:
+    """Max and RMS error of `actual` against `truth` at most twice that of `at_same_dtype`, plus NUM_ULP; no NaN."""
+    triples = zip(*(_tensors(tree) for tree in (actual, at_same_dtype, truth)), strict=True)
+    for index, (have, plain, true) in enumerate(triples):
+        assert have.shape == true.shape, f"{what}[{index}]: shape {tuple(have.shape)}, truth {tuple(true.shape)}"
+        assert have.dtype == plain.dtype, f"{what}[{index}]: dtype {have.dtype}, PyTorch {plain.dtype}"
+        if not have.numel():
+            continue
+        if not have.is_floating_point():
+            assert torch.equal(have, true), f"{what}[{index}]: values differ"
+            continue
+        slack = NUM_ULP * torch.finfo(have.dtype).eps * true.abs().max().item()
+        for name, size in (("max", _max), ("rms", _rms)):
+            error, allowed = size(have.double() - true), 2 * size(plain.double() - true) + slack
+            assert error <= allowed, f"{what}[{index}]: {name} error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_near_truth(actual: object, truth: object, what: str) -> None:
+    """The reference's own rule, since it has nothing to be compared with but fp64: RMS error within NUM_ULP roundings of
+    its dtype, and never NaN. What it computes is checked against independent formulas in each operator's test file."""
+    for index, (have, true) in enumerate(zip(_tensors(actual), _tensors(truth), strict=True)):
+        assert have.shape == true.shape, f"{what}[{index}]: shape {tuple(have.shape)}, truth {tuple(true.shape)}"
+        if have.numel() and have.is_floating_point():
+            # fp32 sums inside a bf16 chain (statistics, accumulators) leave fp32 results, hence the dtype of the result
+            error, allowed = _rms(have.double() - true), NUM_ULP * torch.finfo(have.dtype).eps * _rms(true.double())
+            assert error <= allowed, f"{what}[{index}]: rms error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _max(error: Tensor) -> float:
+    return error.abs().max().item()
+
+
+def _rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
