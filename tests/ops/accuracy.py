@@ -28,8 +28,8 @@ def assert_accurate(actual: object, at_same_dtype: object, truth: object, what: 
 
 
 def assert_near_truth(actual: object, truth: object, what: str) -> None:
-    """The reference's own rule, since it has nothing to be compared with but fp64: RMS error within NUM_ULP roundings of
-    its dtype, and never NaN. What it computes is checked against independent formulas in each operator's test file."""
+    """The reference's own rule, since it has nothing to be compared with but fp64: RMS error within NUM_ULP roundings
+    of its dtype, and never NaN. What it computes is checked against independent formulas in each operator's test file."""
     for index, (have, true) in enumerate(zip(_tensors(actual), _tensors(truth), strict=True)):
         assert have.shape == true.shape, f"{what}[{index}]: shape {tuple(have.shape)}, truth {tuple(true.shape)}"
         if have.numel() and have.is_floating_point():
