@@ -25,6 +25,7 @@ class SpatialVAEConfig:
     latent_channels: int = 4
     norm_num_groups: int = 32
     sample_size: int = 512
+    scaling_factor: float = 0.18215
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     decay: Literal["constant", "cosine"] = "constant"
+    final_lr_ratio: float = 0.0
     grad_clip: float = 1.0
     accumulation_steps: int = 1
     ema_decay: float = 0.99
@@ -163,6 +165,8 @@ class RunConfig:
     keep_checkpoints: int = 2
     sample_every: int = 0
     grad_checkpoint: bool = False
+    tensorboard: bool = True
+    num_threads: int | None = None
 
 
 @dataclass(frozen=True)
