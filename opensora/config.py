@@ -135,6 +135,7 @@ class DataConfig:
     batch_size: int = 1
     num_workers: int = 0
     cache_in_memory: bool = False
+    validation: str = ""
 
 
 @dataclass(frozen=True)
@@ -213,3 +214,4 @@ class TrainVAEConfig:
     freeze_spatial: bool = False
     mixed: Literal["none", "image", "random"] = "none"
     mixed_image_ratio: float = 0.2
+    num_statistics_clips: int = 256

@@ -1,0 +1,24 @@
+"""What every training shares: the loop, the optimizer and its schedule, averaged weights, checkpoints and records.
+
+This room knows no model: a trainer hands the loop a `Job` (modules, batches, a loss) and gets back where it ended.
+"""
+
+from opensora.training.batches import ShuffledBatches
+from opensora.training.checkpoint import Checkpoints
+from opensora.training.ema import EMA
+from opensora.training.loop import Batches, Job, TrainingResult, run_job
+from opensora.training.optimizer import build_optimizer, learning_rate
+from opensora.training.weights import TrainedWeights
+
+__all__ = [
+    "EMA",
+    "Batches",
+    "Checkpoints",
+    "Job",
+    "ShuffledBatches",
+    "TrainedWeights",
+    "TrainingResult",
+    "build_optimizer",
+    "learning_rate",
+    "run_job",
+]

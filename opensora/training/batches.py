@@ -1,0 +1,82 @@
+"""Which samples form the next batch: shuffled every epoch, and resumable from three integers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+
+BatchT = TypeVar("BatchT")
+
+
+class ShuffledBatches(Generic[BatchT]):
+    """An endless iterator over batches of samples held in memory.
+
+    Only samples with equal `keys` (say, their shapes) share a batch. Each epoch shuffles the samples and then the
+    batches with a generator seeded by seed + epoch, so that {epoch, position} is the whole state. A remainder smaller
+    than `batch_size` is dropped, except where a key has fewer samples than one batch: those are repeated to fill it.
+    Across ranks, batch i of an epoch goes to rank i % `world_size`.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[Hashable],
+        load: Callable[[list[int]], BatchT],
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(keys) == 0:
+            raise ValueError("batches: the data set must hold at least one sample, got none")
+        if batch_size < 1:
+            raise ValueError(f"batches: batch_size must be at least 1, got {batch_size}")
+        groups: defaultdict[Hashable, list[int]] = defaultdict(list)
+        for index, key in enumerate(keys):
+            groups[key].append(index)
+        self._groups = list(groups.values())
+        self._load = load
+        self._batch_size = batch_size
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._epoch = 0
+        self._position = 0
+        self._order = self._order_of(0)
+
+    def __iter__(self) -> ShuffledBatches[BatchT]:
+        return self
+
+    def __next__(self) -> BatchT:
+        if self._position >= len(self._order):
+            self._epoch += 1
+            self._position = 0
+            self._order = self._order_of(self._epoch)
+        indices = self._order[self._position]
+        self._position += 1
+        return self._load(indices)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "position": self._position, "seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._seed = state["seed"]
+        self._epoch = state["epoch"]
+        self._position = state["position"]
+        self._order = self._order_of(self._epoch)
+
+    def _order_of(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        batches: list[list[int]] = []
+        for group in self._groups:
+            shuffled = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+            if len(shuffled) < self._batch_size:
+                shuffled = (shuffled * self._batch_size)[: self._batch_size]
+            stop = len(shuffled) - self._batch_size + 1
+            batches += [shuffled[i : i + self._batch_size] for i in range(0, stop, self._batch_size)]
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        missing = -len(batches) % self._world_size
+        return (batches + batches[:missing])[self._rank :: self._world_size]
