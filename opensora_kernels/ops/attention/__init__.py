@@ -1,0 +1,62 @@
+"""Softmax attention, to itself or to text of given lengths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opensora_kernels import backends
+from opensora_kernels.backends import Implementation
+from opensora_kernels.checks import check_float, check_same_device, check_shape
+from opensora_kernels.registration import call, register_op
+
+from . import library, reference
+
+__all__ = ["attention"]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, key_lengths: Tensor | None = None
+) -> Tensor:
+    """softmax(scale * q k^T) v for each head.
+
+    Shapes: q (*, L, N, D), any strides. k, v (*, Lk, N, D); or packed (K, N, D), the keys of all samples one after
+    another, for q (B, L, N, D). Returns (*, L, N, D), contiguous, in q's dtype. scale: D**-0.5 unless given.
+    key_lengths: whole numbers (*), on q's device or the host: how many keys each sample has. Padded keys beyond them,
+    and packed rows after their sum, are not attended to but must be finite. A sample with zero keys gives zeros.
+    Packed keys need key_lengths, which are read on the host unless the call is being compiled.
+    Numbers: the reference rounds q*scale, the scores and the weights to q's dtype and takes the softmax in fp32; the
+    library's fused kernels keep scores in fp32 and are closer to the truth.
+    Errors: TypeError for dtypes that are not floating-point or differ, or lengths that are not whole numbers;
+    ValueError for shapes or devices that do not fit, and packed keys without key_lengths.
+    Source: Open-Sora v1.2.0, opensora/models/layers/blocks.py, Attention (eager) and MultiHeadCrossAttention.
+    """
+    _check(q, k, v, key_lengths)
+    return call("attention", q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, key_lengths)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_float("attention", name, tensor)
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}")
+    if q.dim() < 3:
+        raise ValueError(f"attention: q must have shape (*, L, N, D), got {tuple(q.shape)}")
+    if reference.is_packed(q, k):
+        if key_lengths is None:
+            raise ValueError(f"attention: key_lengths must be given for packed k of shape {tuple(k.shape)}, got None")
+        check_shape("attention", "k", k, (None, *q.shape[-2:]), "(sum Lk, N, D)")
+    else:
+        check_shape("attention", "k", k, (*q.shape[:-3], None, *q.shape[-2:]), "(*, Lk, N, D)")
+    check_shape("attention", "v", v, k.shape, "that of k")
+    check_same_device("attention", q=q, k=k, v=v)
+    if key_lengths is not None:
+        if key_lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"attention: key_lengths must be int32 or int64, got {key_lengths.dtype}")
+        check_shape("attention", "key_lengths", key_lengths, q.shape[:-3], "(*)")
+
+
+register_op(
+    "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> Tensor", reference.attention
+)
+backends.register("attention", "library", Implementation(library.attention, why_not=library.why_not, is_plain=True))

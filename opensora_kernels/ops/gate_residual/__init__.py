@@ -1,0 +1,70 @@
+"""Gated residual sum, with the modulation of the next branch on request."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from opensora_kernels.checks import check_float, check_mask, check_same_device, check_shape
+from opensora_kernels.ops.modulate import modulate
+from opensora_kernels.registration import call, register_op
+
+from . import reference
+
+__all__ = ["gate_residual"]
+
+
+def gate_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    *,
+    frame_mask: Tensor | None = None,
+    gate0: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift0: Tensor | None = None,
+    scale0: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x + gate * y; with shift and scale the pair (that sum, modulate(that sum, shift, scale)).
+
+    Shapes: x, y (B, L, C), any strides, tokens time-major: L = T*S for T frames of S tokens. gate (B, C). frame_mask
+    (B, T) booleans: frames with True take gate, the others gate0 (B, C); shift, scale, shift0, scale0 (B, C) and eps as
+    in `modulate`, with the same mask. Returns (B, L, C) in x's dtype, or two of them.
+    Numbers: the product and the sum are each rounded to the promoted dtype of their factors, the result to x's dtype.
+    Errors: TypeError for dtypes that are not floating-point, or a mask that is not boolean; ValueError for shapes or
+    devices that do not fit, L not a multiple of T, a mask without gate0 (or the reverse), or shift without scale.
+    Source: Open-Sora v1.2.0, opensora/models/stdit/stdit3.py, STDiT3Block (gates and t_mask_select).
+    """
+    op = "gate_residual"
+    check_float(op, "x", x)
+    check_float(op, "y", y)
+    check_shape(op, "x", x, (None, None, None), "(B, L, C)")
+    check_shape(op, "y", y, x.shape, "that of x, (B, L, C)")
+    for name, table in (("gate", gate), ("gate0", gate0)):
+        if table is not None:
+            check_float(op, name, table)
+            check_shape(op, name, table, (x.shape[0], x.shape[2]), "(B, C)")
+    if frame_mask is not None:
+        check_mask(op, "frame_mask", frame_mask)
+        check_shape(op, "frame_mask", frame_mask, (x.shape[0], None), "(B, T)")
+        if not frame_mask.shape[1] or x.shape[1] % frame_mask.shape[1]:
+            raise ValueError(
+                f"{op}: frame_mask must have as many frames T as divide L = {x.shape[1]}, got {frame_mask.shape[1]}"
+            )
+    if (frame_mask is None) != (gate0 is None):
+        raise ValueError(f"{op}: frame_mask and gate0 must be given together, got only one")
+    if (shift is None) != (scale is None):
+        raise ValueError(f"{op}: shift and scale must be given together, got only one")
+    check_same_device(op, x=x, y=y, gate=gate, frame_mask=frame_mask, gate0=gate0)
+    out = call(op, x, y, gate, frame_mask, gate0)
+    if shift is None:
+        return out
+    return out, modulate(out, shift, scale, eps=eps, frame_mask=frame_mask, shift0=shift0, scale0=scale0)
+
+
+register_op(
+    "gate_residual",
+    "(Tensor x, Tensor y, Tensor gate, Tensor? frame_mask, Tensor? gate0) -> Tensor",
+    reference.gate_residual,
+)

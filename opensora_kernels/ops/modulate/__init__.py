@@ -1,0 +1,63 @@
+"""Adaptive LayerNorm: normalise tokens, then scale and shift them by the timestep's parameters."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from opensora_kernels.checks import check_float, check_mask, check_same_device, check_shape
+from opensora_kernels.registration import call, register_op
+
+from . import reference
+
+__all__ = ["modulate"]
+
+
+def modulate(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    frame_mask: Tensor | None = None,
+    shift0: Tensor | None = None,
+    scale0: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, without affine weights; x itself instead of LayerNorm(x) if not normalize.
+
+    Shapes: x (B, L, C), any strides, tokens time-major: L = T*S for T frames of S tokens. shift, scale (B, C).
+    frame_mask (B, T) booleans: frames with True take (shift, scale), the others (shift0, scale0), both (B, C). Without
+    a mask shift0 and scale0 are not allowed. Returns (B, L, C) in x's dtype.
+    Numbers: the LayerNorm takes its statistics in fp32 and is rounded to x's dtype; 1 + scale, the product and the sum
+    are then each rounded to the promoted dtype of x and scale.
+    Errors: TypeError for dtypes that are not floating-point, or a mask that is not boolean; ValueError for shapes or
+    devices that do not fit, L not a multiple of T, or a mask without shift0 and scale0 (or the reverse).
+    Source: Open-Sora v1.2.0, opensora/models/stdit/stdit3.py, STDiT3Block (t2i_modulate and t_mask_select).
+    """
+    op = "modulate"
+    check_float(op, "x", x)
+    check_shape(op, "x", x, (None, None, None), "(B, L, C)")
+    tables = {"shift": shift, "scale": scale} | ({} if shift0 is None else {"shift0": shift0})
+    tables |= {} if scale0 is None else {"scale0": scale0}
+    for name, table in tables.items():
+        check_float(op, name, table)
+        check_shape(op, name, table, (x.shape[0], x.shape[2]), "(B, C)")
+    if frame_mask is not None:
+        check_mask(op, "frame_mask", frame_mask)
+        check_shape(op, "frame_mask", frame_mask, (x.shape[0], None), "(B, T)")
+        if not frame_mask.shape[1] or x.shape[1] % frame_mask.shape[1]:
+            raise ValueError(
+                f"{op}: frame_mask must have as many frames T as divide L = {x.shape[1]}, got {frame_mask.shape[1]}"
+            )
+    if len(tables) != (2 if frame_mask is None else 4):
+        raise ValueError(f"{op}: frame_mask, shift0 and scale0 must be given together, got only some")
+    check_same_device(op, x=x, frame_mask=frame_mask, **tables)
+    return call(op, x, shift, scale, normalize, eps, frame_mask, shift0, scale0)
+
+
+register_op(
+    "modulate",
+    "(Tensor x, Tensor shift, Tensor scale, bool normalize, float eps, Tensor? frame_mask, Tensor? shift0, "
+    "Tensor? scale0) -> Tensor",
+    reference.modulate,
+)
