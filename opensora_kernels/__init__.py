@@ -2,6 +2,30 @@
 
 from ._version import __version__
 from .backends import BackendError, explain, use
+from .norms import Norm
+from .ops.attention import attention
+from .ops.causal_conv3d import causal_conv3d
+from .ops.gate_residual import gate_residual
+from .ops.group_norm_silu import group_norm_silu
+from .ops.guided_euler_step import guided_euler_step
+from .ops.modulate import modulate
+from .ops.qk_norm_attention import qk_norm_attention
+from .ops.qk_norm_rope import qk_norm_rope
 from .ops.rms_norm import rms_norm
 
-__all__ = ["BackendError", "__version__", "explain", "rms_norm", "use"]
+__all__ = [
+    "BackendError",
+    "Norm",
+    "__version__",
+    "attention",
+    "causal_conv3d",
+    "explain",
+    "gate_residual",
+    "group_norm_silu",
+    "guided_euler_step",
+    "modulate",
+    "qk_norm_attention",
+    "qk_norm_rope",
+    "rms_norm",
+    "use",
+]

@@ -64,6 +64,11 @@ def backends_of(op: str) -> list[str]:
     return [backend for backend in get_args(Backend) if backend in _implementations[op]]
 
 
+def order_of(op: str, device_type: str) -> list[str]:
+    """The backends that `op` has, in the order in which tensors on `device_type` try them."""
+    return [backend for backend in _ORDER.get(device_type, _DEFAULT_ORDER) if backend in _implementations[op]]
+
+
 def implementation(op: str, backend: str) -> Implementation:
     """The implementation of `op` called `backend`."""
     return _implementations[op][backend]

@@ -1,0 +1,38 @@
+# Two commands set everything up on a bare machine: `make sample` and `make test`.
+# CI and newcomers get the versions in constraints.txt; the package itself accepts ranges.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: sample test lint format doctor oracles assets clean
+
+sample: $(VENV)/.installed  ## a video from the embedded model: an mp4 and a contact sheet
+	$(RUN) -m opensora sample --prompt "a red circle moving left" --seed 7 --output outputs/sample.mp4
+
+test: $(VENV)/.installed  ## everything that needs no GPU
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(VENV)/bin/clang-format --dry-run --Werror csrc/*
+
+format: $(VENV)/.installed
+	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format . && $(VENV)/bin/clang-format -i csrc/*
+
+doctor: $(VENV)/.installed  ## what is installed, and which backend runs each operator
+	$(RUN) -m opensora_kernels
+
+oracles: $(VENV)/.installed  ## the recorded answers of the original systems, in ORACLES=folder
+	$(RUN) -m tests.oracles $(or $(ORACLES),tests/oracles/data)
+
+# torch first and alone: its version is exact, so that no resolver replaces it by a build with gigabytes of CUDA packages
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[models,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist outputs *.egg-info opensora_kernels/*.so
