@@ -80,7 +80,11 @@ class STDiT3Config:
 
 @dataclass(frozen=True)
 class RectifiedFlowConfig:
-    """Open-Sora 1.2's rectified flow: sampling steps, guidance, and how training times are drawn."""
+    """Open-Sora 1.2's rectified flow: sampling steps, guidance, and how training times are drawn.
+
+    `min_latent_frames` bounds the latent length (frames // 17) * 5 in the timestep transform from below; at 0, as
+    upstream, videos of 2 to 16 frames are refused there.
+    """
 
     num_sampling_steps: int = 30
     num_timesteps: int = 1000
@@ -91,6 +95,7 @@ class RectifiedFlowConfig:
     loc: float = 0.0
     scale: float = 1.0
     transform_scale: float = 1.0
+    min_latent_frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,9 @@ class SampleConfig:
     device: str = "auto"
 
 
-# {resolution: {num_frames: (keep_probability or (keep, frame_probability), batch_size)}}
-BucketTable = dict[str, dict[int, tuple[float | tuple[float, float], int]]]
+# {resolution: {num_frames: (keep_probability or (keep, frame_probability), batch_size)}}; batch_size may be None where
+# keep_probability is 0: the bucket only stops clips from falling to a shorter one.
+BucketTable = dict[str, dict[int, tuple[float | tuple[float, float], int | None]]]
 
 
 @dataclass(frozen=True)
@@ -215,3 +221,18 @@ class TrainVAEConfig:
     mixed: Literal["none", "image", "random"] = "none"
     mixed_image_ratio: float = 0.2
     num_statistics_clips: int = 256
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A release: where its weights are (folders or hub ids), what it samples by default, and its training stages."""
+
+    name: str
+    description: str
+    vae: str
+    transformer: str
+    text_encoder: str
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    flow: RectifiedFlowConfig = field(default_factory=RectifiedFlowConfig)
+    training: dict[str, TrainConfig] = field(default_factory=dict)
+    vae_training: dict[str, TrainVAEConfig] = field(default_factory=dict)

@@ -1,0 +1,158 @@
+"""The embedded model: clips of 17 frames, 64 x 64 pixels, 8 per second; the recipe that made it.
+
+python -m opensora.data.tiny_dataset data/tiny
+opensora train-vae --preset tiny
+opensora train --preset tiny
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opensora.config import (
+    DataConfig,
+    OptimizerConfig,
+    Preset,
+    RectifiedFlowConfig,
+    RunConfig,
+    SampleConfig,
+    SpatialVAEConfig,
+    STDiT3Config,
+    TemporalVAEConfig,
+    TrainConfig,
+    TrainVAEConfig,
+    VAELossConfig,
+    VideoVAEConfig,
+)
+
+ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
+DATA = "data/tiny"
+LATENT_CHANNELS = 8
+
+
+def preset() -> Preset:
+    return Preset(
+        name="tiny",
+        description="the embedded model: moving shapes and a few street scenes, 17 frames of 64 x 64 at 8 fps",
+        vae=str(ASSETS / "vae"),
+        transformer=str(ASSETS / "transformer"),
+        text_encoder=str(ASSETS / "text_encoder"),
+        sample=sampling(),
+        flow=flow(),
+        training={"default": training()},
+        vae_training={"default": vae_training()},
+    )
+
+
+def sampling() -> SampleConfig:
+    return SampleConfig(
+        num_frames="17",
+        resolution=None,
+        aspect_ratio=None,
+        image_size=(64, 64),
+        fps=8.0,
+        aes=None,
+        dtype="fp32",
+    )
+
+
+def flow() -> RectifiedFlowConfig:
+    """No timestep transform: it is made for 512 x 512 and would leave a 64 x 64 clip few noisy steps (ratio 0.28)."""
+    return RectifiedFlowConfig(num_sampling_steps=30, cfg_scale=4.0, use_timestep_transform=False)
+
+
+def vae() -> VideoVAEConfig:
+    """Factor 4 in time and in each direction of space: 17 x 64 x 64 pixels become 5 x 16 x 16 latents."""
+    return VideoVAEConfig(
+        spatial=SpatialVAEConfig(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(32, 64, 64),
+            layers_per_block=1,
+            latent_channels=LATENT_CHANNELS,
+            norm_num_groups=8,
+            sample_size=64,
+        ),
+        temporal=TemporalVAEConfig(
+            in_out_channels=LATENT_CHANNELS,
+            latent_embed_dim=LATENT_CHANNELS,
+            embed_dim=LATENT_CHANNELS,
+            filters=32,
+            num_res_blocks=1,
+            num_groups=8,
+        ),
+        scale=1.0,
+        shift=0.0,
+        micro_frame_size=17,
+        micro_batch_size=None,
+    )
+
+
+def transformer() -> STDiT3Config:
+    return STDiT3Config(
+        input_sq_size=64,
+        in_channels=LATENT_CHANNELS,
+        hidden_size=192,
+        depth=3,
+        num_heads=6,
+        caption_channels=64,
+        model_max_length=24,
+    )
+
+
+def vae_training() -> TrainVAEConfig:
+    return TrainVAEConfig(
+        vae=vae(),
+        loss=VAELossConfig(kl_weight=1e-6),
+        data=DataConfig(
+            manifest=f"{DATA}/train.csv",
+            validation=f"{DATA}/heldout.csv",
+            image_size=(64, 64),
+            num_frames=17,
+            batch_size=4,
+            cache_in_memory=True,
+        ),
+        optimizer=OptimizerConfig(
+            lr=1e-3, eps=1e-8, warmup_steps=100, decay="cosine", final_lr_ratio=0.02, ema_decay=0.995
+        ),
+        run=RunConfig(output="outputs/tiny-vae", steps=4000, dtype="fp32", checkpoint_every=500, sample_every=500),
+        mixed="image",
+        mixed_image_ratio=0.1,
+    )
+
+
+def training() -> TrainConfig:
+    return TrainConfig(
+        transformer=transformer(),
+        flow=flow(),
+        data=DataConfig(
+            manifest=f"{DATA}/train.csv",
+            image_size=(64, 64),
+            num_frames=17,
+            batch_size=16,
+            cache_in_memory=True,
+        ),
+        optimizer=OptimizerConfig(
+            lr=1e-3, eps=1e-8, warmup_steps=200, decay="cosine", final_lr_ratio=0.02, ema_decay=0.998
+        ),
+        run=RunConfig(output="outputs/tiny", steps=10_000, dtype="fp32", checkpoint_every=500, sample_every=1000),
+        mask_ratios={
+            "random": 0.02,
+            "quarter_head": 0.01,
+            "quarter_tail": 0.01,
+            "quarter_head_tail": 0.01,
+            "image_random": 0.02,
+            "image_head": 0.09,
+            "image_tail": 0.02,
+            "image_head_tail": 0.02,
+        },
+        vae="outputs/tiny-vae/model/vae",
+        train_text_encoder=True,
+        cache_latents=True,
+        sample_prompts=(
+            "a red circle moving left",
+            "a blue square moving down",
+            "a green triangle moving right",
+            "a yellow circle moving up",
+        ),
+    )
