@@ -1,4 +1,4 @@
-"""Generated, captioned clips of moving coloured shapes, and the measurement that tells whether a clip shows its caption.
+"""Generated, captioned clips of moving coloured shapes, and the measurement of whether a clip shows its caption.
 
 Frames are uint8 TCHW, RGB: T frames, C channels, H height, W width. Lengths are fractions of the shorter side.
 """

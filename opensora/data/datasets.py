@@ -1,0 +1,163 @@
+"""Clips of one size, cut out of a manifest's files: what the loader puts into batches.
+
+Axes: C channels, T frames, H height, W width. A clip that cannot be read is replaced by another one, drawn from
+(seed, epoch, item) alone, so that a resumed run meets the same clips as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from opensora.data.manifest import Clip, Manifest
+from opensora.data.reading import VideoError, is_image, read_frames
+
+# What upstream tells the model about still images instead of a frame rate.
+IMAGE_FPS = 120.0
+MAX_REPLACEMENTS = 10
+
+Item = int | str
+
+
+class ClipDataset(Dataset):
+    """Clips of a manifest as float (3, T, H, W) in [-1, 1] with caption and conditioning numbers.
+
+    `dataset[item]` or `dataset[epoch, item]`; an item is a row number, for clips of `num_frames` frames of
+    `image_size` (height, width; None: the file's own), or "row-T-H-W", for a clip of that size.
+    The window of T * frame_interval frames is drawn from (seed, epoch, item). Returned keys:
+        video    float32 (3, T, H, W), [-1, 1], resized to fill and cropped
+        text, path   str
+        num_frames, height, width   int, of `video`; ar = height / width
+        fps      the file's frame rate // frame_interval; 120 for a still image
+        skipped  list of (path, reason): files that could not be read and in whose place this clip stands
+    `cache_in_memory` keeps every decoded file as uint8; each worker process of a loader has its own cache.
+    Errors: VideoError when neither the clip nor any of 10 replacements can be read; ValueError for a malformed item.
+    Source: the item of Open-Sora 1.2's VariableVideoTextDataset, except that upstream's replacement is not repeatable.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        num_frames: int = 51,
+        image_size: tuple[int, int] | None = None,
+        frame_interval: int = 1,
+        seed: int = 42,
+        cache_in_memory: bool = False,
+    ) -> None:
+        for name, value in (("num_frames", num_frames), ("frame_interval", frame_interval)):
+            if value < 1:
+                raise ValueError(f"ClipDataset: {name} must be at least 1, got {value}")
+        self.manifest = manifest
+        self.num_frames = num_frames
+        self.image_size = image_size
+        self.frame_interval = frame_interval
+        self.seed = seed
+        self._cache: dict[str, Tensor] | None = {} if cache_in_memory else None
+        self._unreadable: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.manifest.clips)
+
+    def __getitem__(self, key: Item | tuple[int, Item]) -> dict[str, Any]:
+        epoch, item = key if isinstance(key, tuple) else (0, key)
+        row, num_frames, size = self._parse(item)
+        skipped: list[tuple[str, str]] = []
+        for candidate in self._candidates(row, num_frames, epoch, item):
+            clip = self.manifest.clips[candidate]
+            try:
+                video = self._read(clip, num_frames, size, random.Random(f"{self.seed}-{epoch}-{item}-{candidate}"))
+            except VideoError as error:
+                self._unreadable[clip.path] = error.reason
+                skipped.append((error.path, error.reason))
+                continue
+            return _sample(clip, video, self.frame_interval, skipped)
+        path, reason = skipped[0]
+        raise VideoError(path, f"{reason}; the {len(skipped) - 1} clips tried in its place cannot be read either")
+
+    def fitting_rows(self) -> list[int]:
+        """Rows with enough frames for `num_frames` of them, `frame_interval` apart."""
+        needed = (self.num_frames - 1) * self.frame_interval + 1
+        return [row for row, clip in enumerate(self.manifest.clips) if clip.num_frames >= needed]
+
+    def _parse(self, item: Item) -> tuple[int, int, tuple[int, int] | None]:
+        numbers = [item] if isinstance(item, int) else item.split("-")
+        try:
+            row, *size = (int(number) for number in numbers)
+        except ValueError:
+            row, size = -1, []
+        if len(size) not in (0, 3) or not 0 <= row < len(self) or min(size, default=1) < 1:
+            raise ValueError(f"ClipDataset: item must be a row below {len(self)} or 'row-T-H-W', got {item!r}")
+        return (row, size[0], (size[1], size[2])) if size else (row, self.num_frames, self.image_size)
+
+    def _candidates(self, row: int, num_frames: int, epoch: int, item: Item) -> Iterator[int]:
+        """The row itself, then rows to take its place: as long, and also a still image or not."""
+        yield row
+        wanted = self.manifest.clips[row]
+        needed = (num_frames - 1) * self.frame_interval + 1
+        others = [
+            number
+            for number, clip in enumerate(self.manifest.clips)
+            if number != row and clip.num_frames >= needed and is_image(clip.path) == is_image(wanted.path)
+        ]
+        rng = random.Random(f"{self.seed}-{epoch}-{item}")
+        yield from rng.sample(others, min(MAX_REPLACEMENTS, len(others)))
+
+    def _read(self, clip: Clip, num_frames: int, size: tuple[int, int] | None, rng: random.Random) -> Tensor:
+        if clip.path in self._unreadable:
+            raise VideoError(clip.path, self._unreadable[clip.path])
+        if clip.num_frames < num_frames:
+            raise VideoError(clip.path, f"holds {clip.num_frames} frames, {num_frames} are needed")
+        indices = _window(clip.num_frames, num_frames, self.frame_interval, rng)
+        if self._cache is None:
+            frames_TCHW = read_frames(clip.path, indices)
+        else:
+            if clip.path not in self._cache:
+                self._cache[clip.path] = read_frames(clip.path)
+            whole = self._cache[clip.path]
+            if max(indices) >= len(whole):
+                raise VideoError(clip.path, f"truncated: holds {len(whole)} frames, frame {max(indices)} is needed")
+            frames_TCHW = whole[indices]
+        return _fill(frames_TCHW, size)
+
+
+def _sample(clip: Clip, video_CTHW: Tensor, frame_interval: int, skipped: list[tuple[str, str]]) -> dict[str, Any]:
+    _, num_frames, height, width = video_CTHW.shape
+    return {
+        "video": video_CTHW,
+        "text": clip.text,
+        "path": clip.path,
+        "num_frames": num_frames,
+        "height": height,
+        "width": width,
+        "ar": height / width,
+        "fps": IMAGE_FPS if is_image(clip.path) else float(clip.fps // frame_interval),
+        "skipped": skipped,
+    }
+
+
+def _window(total: int, num_frames: int, frame_interval: int, rng: random.Random) -> list[int]:
+    """Frame numbers of a random window of num_frames * frame_interval frames, spread evenly as whole numbers."""
+    start = rng.randint(0, max(0, total - num_frames * frame_interval - 1))
+    stop = min(start + num_frames * frame_interval, total)
+    if num_frames == 1:
+        return [start]
+    return [start + (stop - 1 - start) * number // (num_frames - 1) for number in range(num_frames)]
+
+
+def _fill(frames_TCHW: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Resize so that `size` is covered, crop its centre; uint8 (T, 3, h, w) -> float (3, T, H, W) in [-1, 1]."""
+    height, width = frames_TCHW.shape[2:]
+    video = frames_TCHW.float() / 127.5 - 1
+    if size is not None and size != (height, width):
+        scale = max(size[0] / height, size[1] / width)
+        resized = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+        video = torch.nn.functional.interpolate(video, resized, mode="bilinear")
+        top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
+        video = video[:, :, top : top + size[0], left : left + size[1]]
+    return video.transpose(0, 1).contiguous()
