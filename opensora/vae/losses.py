@@ -36,7 +36,7 @@ class VAELossOutput:
 class VAELoss(nn.Module):
     """The terms that `config` switches on, summed.
 
-    * `use_real_rec_loss`: reconstruction(x, x_rec) with the perceptual distance, and `kl_weight` times the KL divergence;
+    * `use_real_rec_loss`: reconstruction(x, x_rec) with the perceptual distance, and `kl_weight` times the divergence;
     * `use_z_rec_loss`: reconstruction(x_z, z_rec);
     * `use_image_identity_loss`: reconstruction(x_z, z), for clips of one frame only.
     """
@@ -82,8 +82,8 @@ def reconstruction_loss(
 ) -> Tensor:
     """Negative log likelihood (|a - b| + perceptual_weight * distance of the frame) / exp(logvar) + logvar, a scalar.
 
-    Summed over all elements and divided by the number of frames B * T, not by pixels: the scale of the loss grows with the
-    size of the frame. `element_weights` (broadcastable to the frames (N, C, H, W)) multiplies each element.
+    Summed over all elements and divided by the number of frames B * T, not by pixels: the scale of the loss grows with
+    the size of the frame. `element_weights` (broadcastable to the frames (N, C, H, W)) multiplies each element.
     """
     target_NCHW = target_BCTHW.transpose(1, 2).flatten(0, 1).float()
     output_NCHW = output_BCTHW.transpose(1, 2).flatten(0, 1).float()
@@ -99,15 +99,15 @@ def reconstruction_loss(
 
 
 def kl_loss(posteriors: list[DiagonalGaussian]) -> Tensor:
-    """Mean over the batch of the KL divergence, summed over all temporal chunks (upstream counts the last chunk only)."""
+    """Mean over the batch of the KL divergence, summed over all temporal chunks (upstream: of the last chunk only)."""
     return torch.stack([posterior.kl() for posterior in posteriors]).sum(dim=0).mean()
 
 
 class GeneratorLoss(nn.Module):
     """Adversarial term of the VAE: `factor` * adaptive weight * loss, zero before `start` steps.
 
-    The adaptive weight ||d nll / d last_layer|| / (||d g / d last_layer|| + 1e-4), clamped to [0, 1e4], keeps the adversarial
-    gradient at the size of the reconstruction gradient where the decoder ends.
+    The adaptive weight ||d nll / d last_layer|| / (||d loss / d last_layer|| + 1e-4), clamped to [0, 1e4], keeps the
+    adversarial gradient at the size of the reconstruction gradient where the decoder ends.
     """
 
     def __init__(

@@ -19,8 +19,8 @@ from opensora.vae.distributions import DiagonalGaussian, DrawNoise
 class SpatialVAE(nn.Module):
     """Encodes and decodes every frame of a clip by itself, `micro_batch_size` frames at a time (None: all at once).
 
-    Latents are multiplied by `config.scaling_factor` on encode and divided by it on decode. Height and width are halved,
-    rounding down, between levels, so 426 pixels become 53 latents at factor 8 and decode to 424 pixels.
+    Latents are multiplied by `config.scaling_factor` on encode and divided by it on decode. Height and width are
+    halved, rounding down, between levels, so 426 pixels become 53 latents at factor 8 and decode to 424 pixels.
     """
 
     def __init__(self, config: SpatialVAEConfig, micro_batch_size: int | None = None) -> None:

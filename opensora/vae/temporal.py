@@ -22,7 +22,7 @@ class TemporalVAE(nn.Module):
 
     Shapes: encode (B, in_out_channels, T, H, W) -> posterior over (B, embed_dim, ceil(T / time_factor), H, W);
     decode reverses it. T is padded with zero frames in front to a multiple of `time_factor`, and as many decoded frames
-    are dropped. GroupNorm statistics span all frames of a call, so a clip must be decoded in the chunks it was encoded in.
+    are dropped. GroupNorm statistics span all frames of a call: decode a clip in the chunks it was encoded in.
     """
 
     def __init__(

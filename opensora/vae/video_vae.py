@@ -1,7 +1,7 @@
 """The stacked video VAE of Open-Sora 1.2: a 2-D VAE per frame, then a causal VAE over time.
 
 Axes: B batch, C channels, T frames, H height, W width.
-Source: hpcaitech/Open-Sora v1.2.0, opensora/models/vae/vae.py, VideoAutoencoderPipeline (behaviour and parameter names).
+Source: hpcaitech/Open-Sora v1.2.0, opensora/models/vae/vae.py, VideoAutoencoderPipeline (behaviour, parameter names).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from opensora.vae.temporal import TemporalVAE
 
 @dataclass(frozen=True)
 class VAEOutput:
-    """What the losses need: pixels x -> x_z (2-D latents) -> z -> z_rec (2-D latents again) -> x_rec (None if not asked).
+    """What the losses need: pixels x -> x_z (2-D latents) -> z -> z_rec (2-D latents) -> x_rec (None if not asked).
 
     z is not normalised by scale and shift; `posteriors` has one entry per temporal chunk.
     """
@@ -34,9 +34,10 @@ class VAEOutput:
 class VideoVAE(nn.Module):
     """Clips in pixels to latents and back.
 
-    Shapes: x (B, 3, T, H, W) in [-1, 1]; z (B, latent_channels, *latent_size((T, H, W))), about N(0, 1) after (z - shift) / scale.
-    Frames go through the temporal VAE in independent chunks of `config.micro_frame_size` (None: one chunk) and through the
-    2-D VAE `config.micro_batch_size` at a time. Both tensors must have the dtype of the weights, or autocast must be on.
+    Shapes: x (B, 3, T, H, W) in [-1, 1]; z (B, latent_channels, *latent_size((T, H, W))), normalised to
+    (z - shift) / scale. Frames go through the temporal VAE in independent chunks of `config.micro_frame_size` and
+    through the 2-D VAE `config.micro_batch_size` at a time (None: all at once). Inputs must have the dtype of the
+    weights, unless autocast is on.
     """
 
     def __init__(self, config: VideoVAEConfig) -> None:
@@ -63,8 +64,8 @@ class VideoVAE(nn.Module):
     ) -> Tensor:
         """Normalised latents of a clip.
 
-        Both posteriors are sampled, as upstream does, with noise from `generator` or, when given, from `draw_noise`: one
-        draw per 2-D micro batch of (frames, C, h, w), then one per temporal chunk of (B, C, t, h, w).
+        Both posteriors are sampled, as upstream does, with noise from `generator` or, when given, from `draw_noise`:
+        one draw per 2-D micro batch of (frames, C, h, w), then one per temporal chunk of (B, C, t, h, w).
         `sample_posterior=False` takes their means. Raises ValueError when x is not (B, 3, T, H, W) or too small.
         """
         self._check_pixels("encode", x_BCTHW)

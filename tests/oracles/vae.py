@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opensora.config import SpatialVAEConfig, TemporalVAEConfig, VideoVAEConfig
-from opensora.vae import DiscriminatorLoss, DrawNoise, GeneratorLoss, TemporalVAE, VideoVAE
+from opensora.vae import DiscriminatorLoss, GeneratorLoss, TemporalVAE, VideoVAE
 from opensora.vae.losses import kl_loss, reconstruction_loss
 from tests.oracles.registry import Case, Check, adapter
 
