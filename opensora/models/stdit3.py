@@ -1,0 +1,245 @@
+"""STDiT3, the diffusion transformer of Open-Sora 1.2.
+
+Behaviour matched: hpcaitech/Open-Sora, tag v1.2.0, opensora/models/stdit/stdit3.py.
+
+Axes as in layers.py: B batch, C latent channels, T frames, S sites, L tokens, D hidden, G timestep sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from opensora.config import STDiT3Config
+from opensora.models.layers import (
+    CaptionEmbedder,
+    CrossAttention,
+    FinalLayer,
+    Mlp,
+    PatchEmbed3D,
+    PositionEmbedding2D,
+    RotaryEmbedding,
+    RotaryTable,
+    SelfAttention,
+    SizeEmbedder,
+    TextContext,
+    TimestepEmbedder,
+    gated,
+    modulated,
+    select_tokens,
+    unpack_tokens,
+    unpatchify,
+)
+
+Velocity = Callable[..., Tensor]
+
+
+class STDiT3(nn.Module):
+    """Predicts, from noisy latents, the flow's velocity and (second half of the channels) an unused variance.
+
+    `config` carries upstream's constructor arguments; state-dict keys and shapes are upstream's. Works in fp32, with
+    bf16 weights, and under autocast; the output is always fp32.
+    """
+
+    def __init__(self, config: STDiT3Config | None = None) -> None:
+        super().__init__()
+        self.config = config = config or STDiT3Config()
+        dim, depth = config.hidden_size, config.depth
+        self.out_channels = config.in_channels * 2 if config.pred_sigma else config.in_channels
+        self.gradient_checkpointing = False
+
+        self.pos_embed = PositionEmbedding2D(dim)
+        self.rope = RotaryEmbedding(dim // config.num_heads, exact_dtype=config.exact_rope_dtype)
+        self.x_embedder = PatchEmbed3D(config.patch_size, config.in_channels, dim)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.fps_embedder = SizeEmbedder(dim)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.y_embedder = CaptionEmbedder(
+            config.caption_channels, dim, config.class_dropout_prob, config.model_max_length
+        )
+        drop_paths = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.spatial_blocks = nn.ModuleList(STDiT3Block(config, "space", rate) for rate in drop_paths)
+        self.temporal_blocks = nn.ModuleList(STDiT3Block(config, "time", rate) for rate in drop_paths)
+        pt, ph, pw = config.patch_size
+        self.final_layer = FinalLayer(dim, pt * ph * pw, self.out_channels)
+
+        self.initialize_weights()
+        if config.only_train_temporal:
+            self.requires_grad_(False)
+            self.temporal_blocks.requires_grad_(True)
+        if config.freeze_y_embedder:
+            self.y_embedder.requires_grad_(False)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor | TextContext,
+        mask: Tensor | None = None,
+        x_mask: Tensor | None = None,
+        fps: Tensor | None = None,
+        height: Tensor | float | None = None,
+        width: Tensor | float | None = None,
+        *,
+        velocity_only: bool = False,
+        generator: Generator | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """One evaluation of the network.
+
+        Shapes: x (B, C, T, H, W) latents; timestep (B,) in [0, 1000]; y (B, 1, L, caption_channels) with mask (B, L)
+        or fewer rows that are tiled (no mask: all tokens), or a `TextContext` from `prepare_text`; x_mask (B, T) bool,
+        True where a frame is noised, False where it is given clean; fps (B,) frames per second; height and width in
+        pixels, of which sample 0 counts. y may have k*B rows: x, timestep and x_mask then serve each of its k parts.
+        Returns fp32 (rows of y, 2C or C, T, H, W): C without pred_sigma or with `velocity_only`.
+        Other keyword arguments (num_frames, ar) are ignored as upstream does. `generator` draws caption dropout.
+        Errors: ValueError when fps, height or width is missing, or the mask does not fit y.
+        """
+        if fps is None or height is None or width is None:
+            raise ValueError(f"STDiT3: fps, height and width are required, got {fps}, {height}, {width}")
+        dtype = self.x_embedder.proj.weight.dtype
+        text = y if isinstance(y, TextContext) else self.embed_text(y, mask, generator=generator)
+        grid = self.x_embedder.grid(x)
+        tokens = self.x_embedder(x.to(dtype)) + self.position_table(grid, first(height), first(width))
+        copies = text.tokens.shape[0] // x.shape[0]
+        if copies > 1:
+            tokens = tokens.repeat(copies, 1, 1, 1)
+            timestep = timestep.repeat(copies)
+        if x_mask is not None and x_mask.shape[0] != tokens.shape[0]:
+            x_mask = x_mask.repeat(copies, 1)
+
+        t_GBD = self.embed_timestep(timestep.to(dtype), fps, with_zero=x_mask is not None)
+        t6_GB6D = self.t_block(t_GBD).unflatten(-1, (6, -1))
+        tokens = self.run_blocks(tokens, text, t6_GB6D, x_mask)
+        num_channels = self.config.in_channels if velocity_only else None
+        out = self.final_layer(tokens.flatten(1, 2), t_GBD, x_mask, num_channels=num_channels)
+        return unpatchify(out, grid, self.config.patch_size, tuple(x.shape[2:]))
+
+    def run_blocks(self, x_BTSD: Tensor, text: TextContext, t6_GB6D: Tensor, frame_mask: Tensor | None) -> Tensor:
+        """Spatial block i, then temporal block i. S may be a shard of the sites: only spatial attention spans them."""
+        rope = self.rope(x_BTSD.shape[1])
+        use_checkpoint = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for i, pair in enumerate(zip(self.spatial_blocks, self.temporal_blocks, strict=True)):
+            for j, block in enumerate(pair):
+                arguments = (x_BTSD, text.for_block(2 * i + j), text.key_lengths, t6_GB6D, frame_mask, rope)
+                x_BTSD = checkpoint(block, *arguments, use_reentrant=False) if use_checkpoint else block(*arguments)
+        return x_BTSD
+
+    def denoiser(
+        self,
+        y: Tensor,
+        mask: Tensor | None = None,
+        *,
+        fps: Tensor,
+        height: Tensor | float,
+        width: Tensor | float,
+        **ignored: Any,
+    ) -> Velocity:
+        """A function (x, timestep, x_mask=None) -> velocity for one sampling run, with all that is constant done once:
+        text keys and values, text lengths and the picture size on the host. Variance channels are not computed."""
+        text = self.prepare_text(y, mask)
+        size = {"height": first(height), "width": first(width)}
+
+        def velocity(x: Tensor, timestep: Tensor, x_mask: Tensor | None = None) -> Tensor:
+            return self(x, timestep, text, x_mask=x_mask, fps=fps, velocity_only=True, **size)
+
+        return velocity
+
+    def prepare_text(self, y: Tensor, mask: Tensor | None = None) -> TextContext:
+        """Embed captions and project the keys and values of every block; hold the result across steps."""
+        text = self.embed_text(y, mask)
+        blocks = [block for pair in zip(self.spatial_blocks, self.temporal_blocks, strict=True) for block in pair]
+        return replace(text, keys_values=tuple(block.cross_attn.keys_values(text.tokens) for block in blocks))
+
+    def embed_text(self, y: Tensor, mask: Tensor | None = None, *, generator: Generator | None = None) -> TextContext:
+        """Captions to hidden size, selected tokens first. With `skip_y_embedder`, y is already embedded and packed
+        (1, sum of lengths, D) and mask holds the lengths."""
+        y = y.to(self.x_embedder.proj.weight.dtype)
+        if self.config.skip_y_embedder:
+            lengths = mask.tolist() if isinstance(mask, Tensor) else list(mask)
+            return unpack_tokens(y, lengths)
+        return select_tokens(self.y_embedder(y, generator).squeeze(1), mask)
+
+    def embed_timestep(self, timestep: Tensor, fps: Tensor, *, with_zero: bool) -> Tensor:
+        """(G, B, D): timestep and frame rate, and with_zero the same for timestep 0."""
+        rate = self.fps_embedder(fps, timestep.shape[0])
+        if not with_zero:
+            return (self.t_embedder(timestep) + rate)[None]
+        own, zero = self.t_embedder(torch.cat([timestep, timestep.new_zeros(1)])).tensor_split([timestep.shape[0]])
+        return torch.stack([own + rate, zero + rate])
+
+    def position_table(self, grid: tuple[int, int, int], height: float, width: float) -> Tensor:
+        """(1, S, D) for a picture of height x width pixels."""
+        _, rows, columns = grid
+        scale = (height * width) ** 0.5 / self.config.input_sq_size
+        base_size = round((rows * columns) ** 0.5)
+        return self.pos_embed(self.x_embedder.proj.weight, rows, columns, scale=scale, base_size=base_size)
+
+    def initialize_weights(self) -> None:
+        """Xavier for linear layers; temporal blocks and the frame rate start without effect."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
+        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
+        for block in self.temporal_blocks:
+            for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight)
+
+    def set_gradient_checkpointing(self, is_enabled: bool = True) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        self.gradient_checkpointing = is_enabled
+
+
+class STDiT3Block(nn.Module):
+    """Self-attention along one axis, cross-attention to the text, MLP; the first and last gated by the timestep."""
+
+    def __init__(self, config: STDiT3Config, axis: Literal["space", "time"], drop_path: float) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.axis, self.drop_path = axis, drop_path
+        self.attn = SelfAttention(dim, config.num_heads, axis=axis, qk_norm=config.qk_norm)
+        self.cross_attn = CrossAttention(dim, config.num_heads)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x_BTSD: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
+        key_lengths: Tensor | None,
+        t6_GB6D: Tensor,
+        frame_mask: Tensor | None = None,
+        rope: RotaryTable | None = None,
+    ) -> Tensor:
+        axes = x_BTSD.shape[1:3]
+        conditions = (self.scale_shift_table + t6_GB6D).unbind(2)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = conditions
+
+        x = x_BTSD.flatten(1, 2)
+        h = modulated(x, shift_attn, scale_attn, frame_mask).unflatten(1, axes)
+        h = self.attn(h, rope if self.axis == "time" else None)
+        x = gated(x, h.flatten(1, 2), self.thinned(gate_attn), frame_mask)
+        x = x + self.cross_attn(x, text, key_lengths)
+        h = self.mlp(modulated(x, shift_mlp, scale_mlp, frame_mask))
+        x = gated(x, h, self.thinned(gate_mlp), frame_mask)
+        return x.unflatten(1, axes)
+
+    def thinned(self, gate_GBD: Tensor) -> Tensor:
+        """Drop path: while training, a sample's branch is left out with probability drop_path. A gate does it free."""
+        if self.drop_path == 0 or not self.training:
+            return gate_GBD
+        keep = 1 - self.drop_path
+        is_kept = torch.rand(gate_GBD.shape[1], 1, device=gate_GBD.device) < keep
+        return gate_GBD * (is_kept / keep).to(gate_GBD.dtype)
+
+
+def first(value: Tensor | float) -> float:
+    """Sample 0 of a per-sample scalar, on the host."""
+    return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
