@@ -1,0 +1,1 @@
+"""What a generated video must follow besides its caption: reference frames, loops, score suffixes."""
