@@ -1,0 +1,1 @@
+"""Captions to embeddings: cleaning, and T5 encoders of any size."""
