@@ -1,0 +1,135 @@
+"""Normalisation over channels: the `Norm` that a convolution applies to its input, and its plain PyTorch.
+
+Axes: B batch, C channels, T frames, H height, W width, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .checks import check_choice, check_float, check_shape
+
+NormKind = Literal["group", "rms"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of x (B, C, T, H, W): GroupNorm over (C/G, T, H, W) or RMS over C at each position.
+
+    weight, bias: (C,) or None. eps: added to the variance (group), or least length of the channel vector (rms).
+    per_frame: group statistics over (C/G, H, W) of each frame. statistics: (B, C, T, 2) fp32, for "group" alone, as
+    `causal_conv3d(return_statistics=True)` returns them; mean and variance are merged from them, not read from x.
+    """
+
+    kind: NormKind
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    num_groups: int = 32
+    eps: float = 1e-6
+    per_frame: bool = False
+    statistics: Tensor | None = None
+
+
+# Tools that map over the tensors of a call (gradients, torch.export, tests) see those inside a Norm too.
+pytree.register_dataclass(Norm)
+
+
+def check_norm(op: str, x: Tensor, norm: Norm) -> None:
+    """Raise ValueError or TypeError unless `norm` fits x (B, C, T, H, W)."""
+    check_choice(op, "norm.kind", norm.kind, NormKind)
+    for name, tensor in (("weight", norm.weight), ("bias", norm.bias)):
+        if tensor is not None:
+            check_float(op, name, tensor)
+            check_shape(op, name, tensor, (x.shape[1],), "(C,)")
+    if norm.kind == "group" and (norm.num_groups < 1 or x.shape[1] % norm.num_groups):
+        raise ValueError(f"{op}: num_groups must divide the {x.shape[1]} channels, got {norm.num_groups}")
+    if norm.statistics is not None:
+        if norm.kind != "group":
+            raise ValueError(f"{op}: statistics must be None unless norm.kind is 'group', got a tensor")
+        check_float(op, "statistics", norm.statistics)
+        num_frames = x.shape[2] if norm.per_frame else None  # whole-clip statistics serve any chunk of the clip
+        check_shape(op, "statistics", norm.statistics, (*x.shape[:2], num_frames, 2), "(B, C, T, 2)")
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    per_frame: bool,
+    statistics: Tensor | None,
+) -> Tensor:
+    """GroupNorm of x (B, C, T, H, W), statistics in fp32, rounded once."""
+    if statistics is not None:
+        return _group_norm_from(statistics, x, num_groups, weight, bias, eps, per_frame)
+    if not per_frame:
+        # torch.group_norm, not F.group_norm: the latter refuses groups of one element
+        return torch.group_norm(x, num_groups, weight, bias, eps)
+    num_samples, _, num_frames = x.shape[:3]
+    x_BTCHW = x.transpose(1, 2)
+    folded = torch.group_norm(x_BTCHW.flatten(0, 1), num_groups, weight, bias, eps)
+    return like(x, folded.unflatten(0, (num_samples, num_frames)).transpose(1, 2))
+
+
+def rms_norm_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """x / max(|x|, eps) * sqrt(C) * weight + bias over axis 1; the unit vector is rounded to x's dtype, as is each
+    product after it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
+    out = (x / length.clamp_min(eps)).to(x.dtype) * x.shape[1] ** 0.5
+    shape = (-1, *(1,) * (x.dim() - 2))
+    if weight is not None:
+        out = out * weight.view(shape)
+    return out if bias is None else out + bias.view(shape)
+
+
+def frame_statistics(x: Tensor) -> Tensor:
+    """Mean and sum of squared deviations over (H, W) of each frame and channel: (B, C, T, 2), fp32.
+
+    Sums of squared deviations merge exactly (Chan's formula); sums of squares would cancel: at mean 30, deviation 0.1,
+    fp32 keeps no digit of their difference.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = wide.mean((3, 4))
+    return torch.stack([mean, (wide - mean[..., None, None]).square().sum((3, 4))], -1)
+
+
+def like(x: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` dense in memory in x's order of axes: channels last if x's channels are, else contiguous."""
+    has_channels_last = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+    return tensor.contiguous(memory_format=torch.channels_last_3d if has_channels_last else torch.contiguous_format)
+
+
+def _group_norm_from(
+    statistics: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    per_frame: bool,
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    frame_size = x.shape[3] * x.shape[4]
+    mean, squares = statistics.to(wide).unflatten(1, (num_groups, -1)).unbind(-1)  # (B, G, C/G, T) each
+    axes = (2,) if per_frame else (2, 3)
+    num_frames_merged = mean.shape[2] * (1 if per_frame else mean.shape[3])
+    group_mean = mean.mean(axes, keepdim=True)
+    deviations = squares.sum(axes, keepdim=True) + frame_size * (mean - group_mean).square().sum(axes, keepdim=True)
+    rstd = torch.rsqrt(deviations / (frame_size * num_frames_merged) + eps)
+
+    channels_per_group = x.shape[1] // num_groups
+    scale = rstd.expand(-1, -1, channels_per_group, -1).flatten(1, 2)  # (B, C, T or 1)
+    group_mean = group_mean.expand(-1, -1, channels_per_group, -1).flatten(1, 2)
+    if weight is not None:
+        scale = scale * weight.to(wide)[:, None]
+    shift = -group_mean * scale
+    if bias is not None:
+        shift = shift + bias.to(wide)[:, None]
+    return (x * scale[..., None, None] + shift[..., None, None]).to(x.dtype)
