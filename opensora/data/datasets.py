@@ -10,25 +10,26 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from opensora.data.manifest import Clip, Manifest
 from opensora.data.reading import VideoError, is_image, read_frames
+from opensora.data.samplers import ClipRequest
+from opensora.data.transforms import temporal_crop_indices, transform_frames
 
 # What upstream tells the model about still images instead of a frame rate.
 IMAGE_FPS = 120.0
 MAX_REPLACEMENTS = 10
 
-Item = int | str
+Item = int | str | ClipRequest
 
 
 class ClipDataset(Dataset):
     """Clips of a manifest as float (3, T, H, W) in [-1, 1] with caption and conditioning numbers.
 
     `dataset[item]` or `dataset[epoch, item]`; an item is a row number, for clips of `num_frames` frames of
-    `image_size` (height, width; None: the file's own), or "row-T-H-W", for a clip of that size.
+    `image_size` (height, width; None: the file's own), or a `ClipRequest` or its spelling "row-T-H-W".
     The window of T * frame_interval frames is drawn from (seed, epoch, item). Returned keys:
         video    float32 (3, T, H, W), [-1, 1], resized to fill and cropped
         text, path   str
@@ -59,13 +60,12 @@ class ClipDataset(Dataset):
         self.frame_interval = frame_interval
         self.seed = seed
         self._cache: dict[str, Tensor] | None = {} if cache_in_memory else None
-        self._unreadable: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.manifest.clips)
 
     def __getitem__(self, key: Item | tuple[int, Item]) -> dict[str, Any]:
-        epoch, item = key if isinstance(key, tuple) else (0, key)
+        epoch, item = key if isinstance(key, tuple) and not isinstance(key, ClipRequest) else (0, key)
         row, num_frames, size = self._parse(item)
         skipped: list[tuple[str, str]] = []
         for candidate in self._candidates(row, num_frames, epoch, item):
@@ -73,20 +73,15 @@ class ClipDataset(Dataset):
             try:
                 video = self._read(clip, num_frames, size, random.Random(f"{self.seed}-{epoch}-{item}-{candidate}"))
             except VideoError as error:
-                self._unreadable[clip.path] = error.reason
+                # Not remembered: a resumed run would not know, and a file cut short has other, readable windows.
                 skipped.append((error.path, error.reason))
                 continue
             return _sample(clip, video, self.frame_interval, skipped)
         path, reason = skipped[0]
         raise VideoError(path, f"{reason}; the {len(skipped) - 1} clips tried in its place cannot be read either")
 
-    def fitting_rows(self) -> list[int]:
-        """Rows with enough frames for `num_frames` of them, `frame_interval` apart."""
-        needed = (self.num_frames - 1) * self.frame_interval + 1
-        return [row for row, clip in enumerate(self.manifest.clips) if clip.num_frames >= needed]
-
     def _parse(self, item: Item) -> tuple[int, int, tuple[int, int] | None]:
-        numbers = [item] if isinstance(item, int) else item.split("-")
+        numbers = [item] if isinstance(item, int) else str(item).split("-")
         try:
             row, *size = (int(number) for number in numbers)
         except ValueError:
@@ -109,11 +104,9 @@ class ClipDataset(Dataset):
         yield from rng.sample(others, min(MAX_REPLACEMENTS, len(others)))
 
     def _read(self, clip: Clip, num_frames: int, size: tuple[int, int] | None, rng: random.Random) -> Tensor:
-        if clip.path in self._unreadable:
-            raise VideoError(clip.path, self._unreadable[clip.path])
         if clip.num_frames < num_frames:
             raise VideoError(clip.path, f"holds {clip.num_frames} frames, {num_frames} are needed")
-        indices = _window(clip.num_frames, num_frames, self.frame_interval, rng)
+        indices = temporal_crop_indices(num_frames, clip.num_frames, frame_interval=self.frame_interval, generator=rng)
         if self._cache is None:
             frames_TCHW = read_frames(clip.path, indices)
         else:
@@ -123,7 +116,7 @@ class ClipDataset(Dataset):
             if max(indices) >= len(whole):
                 raise VideoError(clip.path, f"truncated: holds {len(whole)} frames, frame {max(indices)} is needed")
             frames_TCHW = whole[indices]
-        return _fill(frames_TCHW, size)
+        return transform_frames(frames_TCHW, size or tuple(frames_TCHW.shape[2:]))
 
 
 def _sample(clip: Clip, video_CTHW: Tensor, frame_interval: int, skipped: list[tuple[str, str]]) -> dict[str, Any]:
@@ -139,25 +132,3 @@ def _sample(clip: Clip, video_CTHW: Tensor, frame_interval: int, skipped: list[t
         "fps": IMAGE_FPS if is_image(clip.path) else float(clip.fps // frame_interval),
         "skipped": skipped,
     }
-
-
-def _window(total: int, num_frames: int, frame_interval: int, rng: random.Random) -> list[int]:
-    """Frame numbers of a random window of num_frames * frame_interval frames, spread evenly as whole numbers."""
-    start = rng.randint(0, max(0, total - num_frames * frame_interval - 1))
-    stop = min(start + num_frames * frame_interval, total)
-    if num_frames == 1:
-        return [start]
-    return [start + (stop - 1 - start) * number // (num_frames - 1) for number in range(num_frames)]
-
-
-def _fill(frames_TCHW: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Resize so that `size` is covered, crop its centre; uint8 (T, 3, h, w) -> float (3, T, H, W) in [-1, 1]."""
-    height, width = frames_TCHW.shape[2:]
-    video = frames_TCHW.float() / 127.5 - 1
-    if size is not None and size != (height, width):
-        scale = max(size[0] / height, size[1] / width)
-        resized = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-        video = torch.nn.functional.interpolate(video, resized, mode="bilinear")
-        top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
-        video = video[:, :, top : top + size[0], left : left + size[1]]
-    return video.transpose(0, 1).contiguous()

@@ -4,59 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from itertools import islice
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from opensora.config import DataConfig
+from opensora.data.buckets import Buckets
 from opensora.data.datasets import ClipDataset, Item
-from opensora.data.manifest import read_manifest
+from opensora.data.manifest import Manifest, read_manifest
+from opensora.data.samplers import FixedSizeBatchSampler, VariableVideoBatchSampler
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
-
-
-class BatchSampler(Protocol):
-    """This rank's batches of one epoch as lists of dataset items, the same for the same epoch."""
-
-    def set_epoch(self, epoch: int) -> None: ...
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[list[Item]]: ...
-
-
-class ShuffledBatches:
-    """Batches of rows for clips of one size, shuffled anew each epoch; the last, partial batch is dropped.
-
-    Batch i of rank r is batch i * world_size + r of the epoch, and batches that not every rank gets are dropped.
-    Raises ValueError when there are fewer rows than one batch for each rank needs.
-    """
-
-    def __init__(self, rows: list[int], batch_size: int, *, seed: int = 42, rank: int = 0, world_size: int = 1) -> None:
-        if batch_size < 1:
-            raise ValueError(f"ShuffledBatches: batch_size must be at least 1, got {batch_size}")
-        if len(rows) < batch_size * world_size:
-            raise ValueError(
-                f"ShuffledBatches: rows must fill batches of {batch_size} on {world_size} ranks, got {len(rows)}"
-            )
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.rows) // (self.batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[list[Item]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.rows), generator=generator).tolist()
-        for number in range(self.rank, len(self) * self.world_size, self.world_size):
-            yield [self.rows[index] for index in order[number * self.batch_size : (number + 1) * self.batch_size]]
+BatchSampler = FixedSizeBatchSampler | VariableVideoBatchSampler
 
 
 class ClipLoader:
@@ -71,31 +33,24 @@ class ClipLoader:
     """
 
     def __init__(
-        self,
-        dataset: ClipDataset,
-        batches: BatchSampler,
-        *,
-        num_workers: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
+        self, dataset: ClipDataset, batches: BatchSampler, *, num_workers: int = 0, pin_memory: bool = False
     ) -> None:
-        if len(batches) == 0:
-            raise ValueError("ClipLoader: batches must hold at least one batch per epoch, got none")
         self.dataset, self.batches = dataset, batches
-        self.num_workers, self.world_size, self.pin_memory = num_workers, world_size, pin_memory
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self.epoch = 0
         self.num_batches_done = 0
         self.skipped: dict[str, str] = {}
         self.num_replaced = 0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Batches of the whole current epoch."""
         self.batches.set_epoch(self.epoch)
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         self.batches.set_epoch(self.epoch)
-        keys = [[(self.epoch, item) for item in batch] for batch in islice(self.batches, self.num_batches_done, None)]
+        self.batches.load_state_dict(self.batches.state_dict(self.num_batches_done))
+        keys = [[(self.epoch, item) for item in batch] for batch in self.batches]
         for batch in self._load(keys):
             self._note(batch.pop("skipped"))
             # Before the yield: the state saved while a batch is in use must lie after that batch.
@@ -111,12 +66,14 @@ class ClipLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands. Batches are counted over all ranks, so that their number may change."""
-        return {"epoch": self.epoch, "num_batches": self.num_batches_done * self.world_size}
+        self.batches.set_epoch(self.epoch)
+        return self.batches.state_dict(self.num_batches_done)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the batch at which `state_dict` was called; not while an iteration is under way."""
-        self.epoch = int(state["epoch"])
-        self.num_batches_done = int(state["num_batches"]) // self.world_size
+        self.batches.load_state_dict(state)
+        self.epoch = state["epoch"]
+        self.num_batches_done = state["last_micro_batch_access_index"] // self.batches.num_replicas
 
     def _load(self, keys: list[list[tuple[int, Item]]]) -> Iterator[Batch]:
         if self.num_workers == 0:
@@ -155,14 +112,28 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
     return batch
 
 
-def make_loader(config: DataConfig, *, seed: int = 42, rank: int = 0, world_size: int = 1) -> ClipLoader:
-    """The loader that a configuration describes: of one size, or bucketed when `config.buckets` is set.
+def make_loader(config: DataConfig, *, seed: int = 42, rank: int = 0, num_replicas: int = 1) -> ClipLoader:
+    """The loader that a configuration describes: bucketed when `config.buckets` is set, otherwise of one size.
 
-    Raises what `read_manifest` raises, and ValueError when no clip is long enough or none fits a bucket.
+    One size is `num_frames` frames of `image_size`, or of the clips' own size where that is the same for all. Clips
+    and batches that do not fill a batch or a step of all ranks are left out.
+    Raises what `read_manifest` raises, and ValueError when no clip is long enough, none fits a bucket, the clips have
+    several sizes and none was asked for, or there are too few for one batch.
     """
     manifest = read_manifest(config.manifest)
     if manifest.bad_rows:
         logger.warning("%s", manifest.describe())
+    ranks = {"rank": rank, "num_replicas": num_replicas, "seed": seed, "drop_last": True}
+    batches: BatchSampler
+    if config.buckets:
+        shapes = [(clip.num_frames, clip.height, clip.width) for clip in manifest.clips]
+        batches = VariableVideoBatchSampler(
+            shapes, Buckets(config.buckets), frame_interval=config.frame_interval, **ranks
+        )
+    else:
+        manifest = _long_enough(manifest, config)
+        size = (config.num_frames, *(config.image_size or _common_size(manifest)))
+        batches = FixedSizeBatchSampler(len(manifest.clips), size, config.batch_size, **ranks)
     dataset = ClipDataset(
         manifest,
         num_frames=config.num_frames,
@@ -171,10 +142,31 @@ def make_loader(config: DataConfig, *, seed: int = 42, rank: int = 0, world_size
         seed=seed,
         cache_in_memory=config.cache_in_memory,
     )
-    rows = dataset.fitting_rows()
-    if len(rows) < len(dataset):
-        logger.warning(
-            "%d of %d clips are shorter than %d frames", len(dataset) - len(rows), len(dataset), config.num_frames
+    loader = ClipLoader(dataset, batches, num_workers=config.num_workers)
+    len(loader)  # Plans the first epoch, so that clips that make no batch are reported here and not in mid-run.
+    return loader
+
+
+def _long_enough(manifest: Manifest, config: DataConfig) -> Manifest:
+    """Without the clips that end before `num_frames` frames `frame_interval` apart."""
+    needed = (config.num_frames - 1) * config.frame_interval + 1
+    clips = tuple(clip for clip in manifest.clips if clip.num_frames >= needed)
+    if not clips:
+        longest = max(clip.num_frames for clip in manifest.clips)
+        raise ValueError(
+            f"make_loader: num_frames {config.num_frames} every {config.frame_interval} need clips of {needed} frames, "
+            f"but the longest in {manifest.path} has {longest}"
         )
-    batches = ShuffledBatches(rows, config.batch_size, seed=seed, rank=rank, world_size=world_size)
-    return ClipLoader(dataset, batches, num_workers=config.num_workers, world_size=world_size)
+    if len(clips) < len(manifest.clips):
+        num_short = len(manifest.clips) - len(clips)
+        logger.warning("%s: %d clips left out, shorter than %d frames", manifest.path, num_short, needed)
+    return replace(manifest, clips=clips)
+
+
+def _common_size(manifest: Manifest) -> tuple[int, int]:
+    sizes = {(clip.height, clip.width) for clip in manifest.clips}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"make_loader: image_size or buckets must be set for {len(sizes)} sizes of clips, like {sorted(sizes)[:3]}"
+        )
+    return sizes.pop()
