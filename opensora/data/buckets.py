@@ -114,7 +114,7 @@ def _parse_cell(number: int, resolution: str, num_frames: int, entry: tuple) -> 
     name = f"buckets: {resolution}, {num_frames} frames"
     if num_frames < 1:
         raise ValueError(f"{name}: num_frames must be positive")
-    if len(entry) != 2:
+    if not isinstance(entry, (tuple, list)) or len(entry) != 2:
         raise ValueError(f"{name}: must be (keep_probability, batch_size), got {entry!r}")
     probability, batch_size = entry
     keep, frame = probability if isinstance(probability, (tuple, list)) else (probability, None)
