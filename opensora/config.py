@@ -100,7 +100,11 @@ class RectifiedFlowConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What to generate. `num_frames` is frames ("51") or seconds of the training frame rate ("4s")."""
+    """What to generate. `num_frames` is frames ("51") or seconds ("4s"); `save_fps` None is fps // frame_interval.
+
+    `condition_frame_length` counts latent frames: the overlap of a loop with the one before. `text_dtype` is that of
+    the text encoder, `dtype` that of the others.
+    """
 
     num_frames: str = "51"
     resolution: str | None = "240p"
@@ -121,12 +125,12 @@ class SampleConfig:
     negative_prompt: str | None = None
     seed: int = 42
     dtype: Precision = "bf16"
+    text_dtype: Precision = "fp32"
     device: str = "auto"
 
 
-# {resolution: {num_frames: (keep_probability or (keep, frame_probability), batch_size)}}; batch_size may be None where
-# keep_probability is 0: the bucket only stops clips from falling to a shorter one.
-BucketTable = dict[str, dict[int, tuple[float | tuple[float, float], int | None]]]
+# {resolution: {num_frames: (keep_probability or (keep, frame_probability), batch_size)}}
+BucketTable = dict[str, dict[int, tuple[float | tuple[float, float], int]]]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def sampling() -> SampleConfig:
         aspect_ratio=None,
         image_size=(64, 64),
         fps=8.0,
+        condition_frame_length=1,
+        align=None,
         aes=None,
         dtype="fp32",
     )

@@ -1,0 +1,1 @@
+"""Parts of the sampler: reading what a prompt asks for, and measuring what answering it costs."""

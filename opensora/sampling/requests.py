@@ -1,0 +1,153 @@
+"""What a prompt asks for: its texts, references and masks, checked before any work is done."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opensora.conditioning.masks import parse_mask_strategy
+from opensora.conditioning.prompts import append_scores, split_json, split_loops
+from opensora.config import SampleConfig
+from opensora.data.aspect_ratios import get_image_size, get_num_frames
+from opensora.data.reading import VideoError, probe
+from opensora.text.cleaning import clean_caption
+
+CHUNK_FRAMES = 17
+IMAGE_FPS = 120.0  # the frame rate that stands for a still image
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be used; `index` counts the prompts of the call from 0."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"prompt {index + 1}: {reason}")
+        self.index = index
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, ready: `texts` per loop as the text encoder reads them, references as files, and how to use them."""
+
+    index: int
+    prompt: str
+    texts: tuple[str, ...]
+    references: tuple[str, ...] = ()
+    mask_strategy: str = ""
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """Frames and pixels of one generated clip (of one loop), and the frame rates it is made and saved for."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    save_fps: float
+
+
+def clip_size(config: SampleConfig) -> ClipSize:
+    """The size that `config` asks for. Errors: ValueError for unknown names and sizes that are not positive."""
+    num_frames = _num_frames(config)
+    if config.image_size is not None:
+        height, width = config.image_size
+        if min(height, width) < 1:
+            raise ValueError(f"image_size: must be a positive height and width, got {height} {width}")
+    elif config.resolution is None or config.aspect_ratio is None:
+        raise ValueError(
+            "image_size: needed, or both resolution and aspect_ratio, "
+            f"got resolution {config.resolution} and aspect_ratio {config.aspect_ratio}"
+        )
+    else:
+        height, width = get_image_size(config.resolution, config.aspect_ratio)
+    if config.fps <= 0 or config.frame_interval < 1:
+        raise ValueError(
+            f"fps and frame_interval: must be positive, got fps {config.fps} and frame_interval {config.frame_interval}"
+        )
+    save_fps = config.save_fps or max(1.0, config.fps // config.frame_interval)
+    return ClipSize(num_frames, height, width, config.fps if num_frames > 1 else IMAGE_FPS, save_fps)
+
+
+def _num_frames(config: SampleConfig) -> int:
+    """Names of seconds are upstream's (2s = 51) at its 24 fps; at other rates the next whole number of chunks."""
+    seconds = re.fullmatch(r"(\d+(?:\.\d+)?)s", config.num_frames)
+    if seconds is None or config.fps == 24:
+        return get_num_frames(config.num_frames)
+    return CHUNK_FRAMES * max(1, math.ceil(float(seconds[1]) * config.fps / CHUNK_FRAMES))
+
+
+def read_requests(
+    prompts: Sequence[str],
+    config: SampleConfig,
+    *,
+    reference_paths: Sequence[str | None] | None = None,
+    mask_strategies: Sequence[str | None] | None = None,
+    first_index: int = 0,
+) -> list[Request]:
+    """Prompts in upstream's order: JSON split, references, loop split, score suffix, cleaning.
+
+    One reference path and mask strategy serve all prompts, or there is one for each; those in a prompt's JSON win. A
+    reference without a strategy gets "0": its first latent frame becomes the clip's first. `first_index` is the number
+    of the first prompt where these are a part of a longer list.
+    Errors: ValueError for counts that do not match and bad loops; PromptError naming the first prompt that is wrong.
+    """
+    if not prompts:
+        raise ValueError("prompts: at least one is needed, got none")
+    if config.loop < 1 or config.num_sample < 1 or config.batch_size < 1:
+        raise ValueError(
+            "loop, num_sample and batch_size: must be at least 1, "
+            f"got {config.loop}, {config.num_sample} and {config.batch_size}"
+        )
+    paths = _one_each("reference_path", reference_paths, len(prompts))
+    strategies = _one_each("mask_strategy", mask_strategies, len(prompts))
+    requests = []
+    for index, (prompt, path, strategy) in enumerate(zip(prompts, paths, strategies, strict=True)):
+        try:
+            requests.append(_read_request(first_index + index, prompt, path, strategy, config))
+        except ValueError as error:
+            raise PromptError(index, str(error)) from error
+    return requests
+
+
+def _one_each(name: str, values: Sequence[str | None] | None, count: int) -> list[str]:
+    values = [value or "" for value in values or [""]]
+    if len(values) not in (1, count):
+        raise ValueError(f"{name}: there must be one, or one for each of the {count} prompts, got {len(values)}")
+    return values * count if len(values) == 1 else values
+
+
+def _read_request(index: int, prompt: str, path: str, strategy: str, config: SampleConfig) -> Request:
+    parts = split_json(prompt)
+    references = [name for name in (parts.reference_path or path).split(";") if name]
+    strategy = parts.mask_strategy or strategy or ("0" if references else "")
+    for name in references:
+        check_reference(name)
+    for group in parse_mask_strategy(strategy):
+        if group.loop < config.loop and not 0 <= group.reference < len(references) + group.loop:
+            raise ValueError(
+                f"mask_strategy {strategy!r}: names reference {group.reference}, "
+                f"but loop {group.loop} has {len(references) + group.loop}"
+            )
+    texts, starts = split_loops(parts.text)
+    texts = [
+        clean_caption(append_scores(text, aes=config.aes, flow=config.flow, camera_motion=config.camera_motion))
+        for text in texts
+    ]
+    if not any(texts):
+        raise ValueError(f"the text must not be empty, got {prompt!r}")
+    starts = starts or [0]
+    of_loop = [[text for text, start in zip(texts, starts, strict=True) if start <= i][-1] for i in range(config.loop)]
+    return Request(index, prompt, tuple(of_loop), tuple(references), strategy)
+
+
+def check_reference(path: str) -> None:
+    """ValueError when the image or video cannot be opened."""
+    try:
+        probe(path)
+    except VideoError as error:
+        missing = "" if Path(path).exists() else " (no such file)"
+        raise ValueError(f"reference_path: {error}{missing}") from error
