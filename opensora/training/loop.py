@@ -147,11 +147,12 @@ class _Loop:
             records.flush()
             if saved_step != self.step:
                 self._save()
-            if stop.is_set():
+            was_stopped = stop.is_set() and self.step < run.steps
+            if was_stopped:
                 records.note(f"stopped after step {self.step}; resume to go on")
         checkpoint = self.checkpoints.latest()
         assert checkpoint is not None
-        return TrainingResult(self.step, self.loss, stop.is_set(), checkpoint, self.output / "model")
+        return TrainingResult(self.step, self.loss, was_stopped, checkpoint, self.output / "model")
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step over `accumulation_steps` batches; returns what to record."""
