@@ -39,21 +39,21 @@ class Norm:
 pytree.register_dataclass(Norm)
 
 
-def check_norm(op: str, x: Tensor, norm: Norm) -> None:
-    """Raise ValueError or TypeError unless `norm` fits x (B, C, T, H, W)."""
-    check_choice(op, "norm.kind", norm.kind, NormKind)
-    for name, tensor in (("weight", norm.weight), ("bias", norm.bias)):
+def check_norm(op: str, x: Tensor, norm: Norm, prefix: str = "norm.") -> None:
+    """Raise ValueError or TypeError unless `norm`, whose fields the caller calls by `prefix`, fits x (B, C, T, H, W)."""
+    check_choice(op, f"{prefix}kind", norm.kind, NormKind)
+    for name, tensor in ((f"{prefix}weight", norm.weight), (f"{prefix}bias", norm.bias)):
         if tensor is not None:
             check_float(op, name, tensor)
             check_shape(op, name, tensor, (x.shape[1],), "(C,)")
     if norm.kind == "group" and (norm.num_groups < 1 or x.shape[1] % norm.num_groups):
-        raise ValueError(f"{op}: num_groups must divide the {x.shape[1]} channels, got {norm.num_groups}")
+        raise ValueError(f"{op}: {prefix}num_groups must divide the {x.shape[1]} channels, got {norm.num_groups}")
     if norm.statistics is not None:
         if norm.kind != "group":
-            raise ValueError(f"{op}: statistics must be None unless norm.kind is 'group', got a tensor")
-        check_float(op, "statistics", norm.statistics)
+            raise ValueError(f"{op}: {prefix}statistics must be None unless {prefix}kind is 'group', got a tensor")
+        check_float(op, f"{prefix}statistics", norm.statistics)
         num_frames = x.shape[2] if norm.per_frame else None  # whole-clip statistics serve any chunk of the clip
-        check_shape(op, "statistics", norm.statistics, (*x.shape[:2], num_frames, 2), "(B, C, T, 2)")
+        check_shape(op, f"{prefix}statistics", norm.statistics, (*x.shape[:2], num_frames, 2), "(B, C, T, 2)")
 
 
 def group_norm(

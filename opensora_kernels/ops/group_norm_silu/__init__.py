@@ -48,7 +48,9 @@ def group_norm_silu(
         check_choice("group_norm_silu", "activation", activation, ("silu",))
     check_same_device("group_norm_silu", x=x, weight=weight, bias=bias, statistics=statistics)
     x_BCTHW = x if x.dim() == 5 else x.unsqueeze(2)
-    check_norm("group_norm_silu", x_BCTHW, Norm("group", weight, bias, num_groups, eps, per_frame, statistics))
+    check_norm(
+        "group_norm_silu", x_BCTHW, Norm("group", weight, bias, num_groups, eps, per_frame, statistics), prefix=""
+    )
     out = call("group_norm_silu", x_BCTHW, num_groups, weight, bias, eps, per_frame, activation or "", statistics)
     return out if x.dim() == 5 else out.squeeze(2)
 

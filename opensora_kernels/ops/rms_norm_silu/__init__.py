@@ -37,7 +37,7 @@ def rms_norm_silu(
     if activation is not None:
         check_choice("rms_norm_silu", "activation", activation, ("silu",))
     x_BCTHW = x if x.dim() == 5 else x.unsqueeze(2)
-    check_norm("rms_norm_silu", x_BCTHW, Norm("rms", weight, bias))
+    check_norm("rms_norm_silu", x_BCTHW, Norm("rms", weight, bias), prefix="")
     check_same_device("rms_norm_silu", x=x, weight=weight, bias=bias)
     out = call("rms_norm_silu", x_BCTHW, weight, bias, eps, activation or "")
     return out if x.dim() == 5 else out.squeeze(2)

@@ -1,0 +1,79 @@
+"""What is special about group_norm_silu: frames, given statistics, groups of one element."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opensora_kernels import group_norm_silu
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def by_definition(x: Tensor, num_groups: int, per_frame: bool) -> Tensor:
+    grouped = x.unflatten(1, (num_groups, -1))  # (B, G, C/G, T, H, W)
+    axes = (2, 4, 5) if per_frame else (2, 3, 4, 5)
+    mean = grouped.mean(axes, keepdim=True)
+    variance = (grouped - mean).square().mean(axes, keepdim=True)
+    normed = ((grouped - mean) / (variance + 1e-6).sqrt()).flatten(1, 2)
+    return normed / (1 + torch.exp(-normed))
+
+
+def frame_moments(x: Tensor) -> Tensor:
+    mean = x.mean((3, 4))
+    return torch.stack([mean, (x - mean[..., None, None]).square().sum((3, 4))], -1)
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_matches_the_definition_with_and_without_statistics(per_frame: bool):
+    x = drawn(2, 6, 4, 5, 3, dtype=torch.float64) * 3 + 1
+    expected = by_definition(x, 3, per_frame)
+    torch.testing.assert_close(group_norm_silu(x, 3, per_frame=per_frame), expected, rtol=0, atol=1e-12)
+    given = group_norm_silu(x, 3, per_frame=per_frame, statistics=frame_moments(x))
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_gradient_through_given_statistics_is_the_whole_gradient(per_frame: bool):
+    x = drawn(2, 4, 3, 4, 5, dtype=torch.float64).requires_grad_()
+    cotangent = drawn(2, 4, 3, 4, 5, seed=1, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(by_definition(x, 2, per_frame), x, cotangent)
+    out = group_norm_silu(x, 2, per_frame=per_frame, statistics=frame_moments(x))
+    (actual,) = torch.autograd.grad(out, x, cotangent)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_one_frame_does_not_change_another_per_frame():
+    x = drawn(1, 4, 3, 5, 5)
+    changed = x.clone()
+    changed[:, :, 1] *= 100
+    whole, partly = group_norm_silu(x, 2, per_frame=True), group_norm_silu(changed, 2, per_frame=True)
+    assert torch.equal(whole[:, :, ::2], partly[:, :, ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounds_where_the_unfused_modules_round(dtype: torch.dtype):
+    x = drawn(2, 8, 3, 5, 4, dtype=dtype)
+    weight, bias = drawn(8, seed=1, dtype=dtype), drawn(8, seed=2, dtype=dtype)
+    assert torch.equal(group_norm_silu(x, 4, weight, bias), F.silu(F.group_norm(x, 4, weight, bias, 1e-6)))
+
+
+def test_group_of_one_element_becomes_its_bias():
+    x, bias = drawn(3, 2, 1, 1, 1), torch.tensor([0.5, -2.0])
+    out = group_norm_silu(x, 2, torch.ones(2), bias, activation=None)
+    # x / sqrt(eps) less the same, each below 4000 and rounded to 2^-13
+    torch.testing.assert_close(out, bias.view(1, 2, 1, 1, 1).expand(3, -1, -1, -1, -1), rtol=0, atol=2**-11)
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("has_statistics", [False, True])
+def test_channels_last_goes_in_and_comes_out(per_frame: bool, has_statistics: bool):
+    x = drawn(2, 4, 3, 5, 6).contiguous(memory_format=torch.channels_last_3d)
+    out = group_norm_silu(x, 2, per_frame=per_frame, statistics=frame_moments(x) if has_statistics else None)
+    assert out.is_contiguous(memory_format=torch.channels_last_3d)
+    image = x[:, :, 0].contiguous(memory_format=torch.channels_last)
+    assert group_norm_silu(image, 2).is_contiguous(memory_format=torch.channels_last)
