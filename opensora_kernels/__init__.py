@@ -4,6 +4,7 @@ from ._version import __version__
 from .backends import BackendError, explain, use
 from .norms import Norm
 from .ops.attention import attention
+from .ops.blend_tiles import blend_tiles
 from .ops.causal_conv3d import causal_conv3d
 from .ops.gate_residual import gate_residual
 from .ops.group_norm_silu import group_norm_silu
@@ -12,12 +13,15 @@ from .ops.modulate import modulate
 from .ops.qk_norm_attention import qk_norm_attention
 from .ops.qk_norm_rope import qk_norm_rope
 from .ops.rms_norm import rms_norm
+from .ops.rms_norm_silu import rms_norm_silu
+from .ops.upsample_conv3d import upsample_conv3d
 
 __all__ = [
     "BackendError",
     "Norm",
     "__version__",
     "attention",
+    "blend_tiles",
     "causal_conv3d",
     "explain",
     "gate_residual",
@@ -27,5 +31,7 @@ __all__ = [
     "qk_norm_attention",
     "qk_norm_rope",
     "rms_norm",
+    "rms_norm_silu",
+    "upsample_conv3d",
     "use",
 ]
