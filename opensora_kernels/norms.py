@@ -40,7 +40,7 @@ pytree.register_dataclass(Norm)
 
 
 def check_norm(op: str, x: Tensor, norm: Norm, prefix: str = "norm.") -> None:
-    """Raise ValueError or TypeError unless `norm`, whose fields the caller calls by `prefix`, fits x (B, C, T, H, W)."""
+    """Raise ValueError or TypeError unless `norm`, whose fields the caller calls by `prefix`, fits x_BCTHW."""
     check_choice(op, f"{prefix}kind", norm.kind, NormKind)
     for name, tensor in ((f"{prefix}weight", norm.weight), (f"{prefix}bias", norm.bias)):
         if tensor is not None:
