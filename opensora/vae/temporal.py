@@ -175,26 +175,35 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride=(stride, 1, 1), bias=bias)
 
     def forward(self, x_BCTHW: Tensor, norm: nn.GroupNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        affine = (None, None) if norm is None else (norm.weight, norm.bias)
+        tensors = (x_BCTHW, self.conv.weight, self.conv.bias, *affine, residual)
         device = x_BCTHW.device.type
-        weight, bias = self.conv.weight, self.conv.bias
-        group_norm = None if norm is None else Norm("group", norm.weight, norm.bias, norm.num_groups, norm.eps)
-        if torch.is_autocast_enabled(device):  # the fused operator is one of ours, so autocast does not know it
-            dtype = torch.get_autocast_dtype(device)
-            x_BCTHW, weight = x_BCTHW.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-            residual = None if residual is None else residual.to(dtype)
-            if norm is not None:
-                group_norm = Norm("group", norm.weight.to(dtype), norm.bias.to(dtype), norm.num_groups, norm.eps)
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return self._fused(norm, *tensors)
+        # autocast knows single PyTorch operators only: bring all inputs of the fused one to its dtype here
+        dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return causal_conv3d(
-                x_BCTHW,
-                weight,
-                bias,
-                stride=self.conv.stride,
-                norm=group_norm,
-                activation=None if norm is None else "silu",
-                residual=residual,
-            )
+            return self._fused(norm, *(None if tensor is None else tensor.to(dtype) for tensor in tensors))
+
+    def _fused(
+        self,
+        norm: nn.GroupNorm | None,
+        x_BCTHW: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        return causal_conv3d(
+            x_BCTHW,
+            weight,
+            bias,
+            stride=self.conv.stride,
+            norm=None if norm is None else Norm("group", norm_weight, norm_bias, norm.num_groups, norm.eps),
+            activation=None if norm is None else "silu",
+            residual=residual,
+        )
 
 
 def _res_blocks(in_channels: int, out_channels: int, count: int, num_groups: int) -> nn.ModuleList:

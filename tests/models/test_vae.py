@@ -71,6 +71,12 @@ def test_latent_size_rounds_space_down_and_every_chunk_up(
     assert vae.latent_size(size) == expected
 
 
+def test_meta_tensors_tell_the_shapes_of_a_720p_clip() -> None:
+    with torch.device("meta"), torch.no_grad():
+        vae = VideoVAE(VideoVAEConfig())
+        assert vae.decode(torch.empty(1, 4, 10, 90, 160), 34).shape == (1, 3, 34, 720, 1280)
+
+
 @pytest.mark.parametrize("num_frames", [1, 2, 5, 17, 20])
 def test_encode_has_latent_size_and_decode_returns_the_frames(num_frames: int) -> None:
     vae = tiny_vae().eval()
