@@ -103,16 +103,15 @@ class Sampler:
         vae: str | Path | None = None,
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
-        dtype: str | None = None,
-        device: str | None = None,
+        config: SampleConfig | None = None,
     ) -> Sampler:
         """Load the models of a preset; a folder or hub id given here takes the place of the preset's.
 
-        dtype: "fp32", "bf16" or "fp16" for VAE and transformer. Errors: ValueError for an unknown preset;
-        CheckpointError or OSError for weights that are absent or do not fit.
+        config: sampling defaults in place of the preset's; its dtypes and device are those of the models.
+        Errors: ValueError for an unknown preset; CheckpointError or OSError for weights that are absent or do not fit.
         """
         preset = presets.get(name)
-        config = replace(preset.sample, dtype=dtype or preset.sample.dtype, device=device or preset.sample.device)
+        config = config or preset.sample
         place = {"dtype": DTYPES[config.dtype], "device": resolve_device(config.device)}
         diffusion = load_model(transformer or preset.transformer, STDiT3, STDiT3Config, **place)
         encoder = TextEncoder.from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,7 +92,7 @@ def test_guidance_of_one_needs_no_null_caption_and_a_negative_prompt_changes_the
 
 def test_a_given_first_frame_comes_back_as_the_vae_makes_it(sampler, video):
     config = replace(SAMPLE, seed=5)
-    prompt = 'a red circle {"reference_path": "%s", "mask_strategy": "0,0,0,0,5,0"}' % video
+    prompt = "a red circle " + json.dumps({"reference_path": str(video), "mask_strategy": "0,0,0,0,5,0"})
     given = one(sampler.sample(prompt, config))
     assert list(sampler.costs) == ["text", "references", "denoise", "decode"]
     # All 5 latent frames given: the clip is the reference through the VAE, whatever the prompt.

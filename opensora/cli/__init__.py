@@ -1,0 +1,58 @@
+"""The command `opensora`: the only place where arguments, environment variables and the terminal are read.
+
+Exit status: 0 done; 2 for input that cannot be used, after one line that says what; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "sample": ("opensora.cli.sample", "make images and videos from text"),
+    "train": ("opensora.cli.train", "train a diffusion transformer"),
+    "train-vae": ("opensora.cli.train_vae", "train a video VAE"),
+}
+INTERRUPTED = 130
+
+
+class CommandError(ValueError):
+    """Input that a command cannot use; the text is the line that the user sees."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `opensora ARGUMENTS` (default: the process's own) and return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        from opensora_kernels import __version__
+
+        print(__version__)
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        return _fail("opensora", f"unknown command {name!r}; commands: {', '.join(COMMANDS)}")
+    try:
+        return importlib.import_module(COMMANDS[name][0]).run(arguments[1:])
+    except KeyboardInterrupt as interrupt:
+        print(f"opensora {name}: stopped{''.join(f'; {text}' for text in interrupt.args)}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("OPENSORA_TRACEBACK"):
+            raise
+        return _fail(f"opensora {name}", str(error) or type(error).__name__)
+
+
+def _fail(program: str, message: str) -> int:
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _usage() -> str:
+    lines = ["usage: opensora COMMAND [--help] ...", "", "commands:"]
+    lines += [f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join([*lines, "", "OPENSORA_TRACEBACK=1 shows where an error came from."])

@@ -1,0 +1,289 @@
+"""`opensora sample`: images and videos from text, and from images and videos to go on from."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opensora import presets
+from opensora.cli import CommandError
+from opensora.cli.options import Parser, early_option, optional
+from opensora.config import Precision, Preset, RectifiedFlowConfig, SampleConfig
+
+if TYPE_CHECKING:
+    from opensora.sampler import Clip, OnProgress, Plan, Sampler
+    from opensora.sampling.stages import StageCost
+
+MAX_SHEET_ROWS = 16
+
+
+def run(arguments: Sequence[str]) -> int:
+    from opensora.sampling.requests import clip_size, read_requests
+
+    preset = presets.get(early_option(arguments, "--preset", presets.names()[0]))
+    options = _parser(preset).parse(arguments)
+    config, flow = _configs(preset, options)
+    prompts = _read_prompts(options)
+    outputs = _Outputs(options, config, num_clips=len(prompts.texts) * config.num_sample)
+    conditions = {"reference_paths": options["reference_path"], "mask_strategies": options["mask_strategy"]}
+    conditions["first_index"] = prompts.first_index
+    with _places(prompts):
+        clip_size(config)
+        read_requests(prompts.texts, config, **conditions)  # what is wrong already shows before the models are loaded
+        sampler, load_cost = _load(preset, options, config)
+        plan = sampler.plan(prompts.texts, config, flow=flow, **conditions)
+    with _progress_bar() as on_progress:
+        try:
+            for clip in sampler.run(outputs.without_existing(plan), on_progress=on_progress):
+                outputs.save(clip)
+        except KeyboardInterrupt:
+            done = len(outputs.saved)
+            raise KeyboardInterrupt(f"{done} of {plan.num_clips} clips are finished and saved") from None
+    outputs.save_sheet()
+    _print_results(outputs, {"load": load_cost, **sampler.costs}, on_cpu=sampler.device.type == "cpu")
+    return 0
+
+
+def _parser(preset: Preset) -> Parser:
+    sample, flow = preset.sample, preset.flow
+    parser = Parser("sample", "Make images and videos from text, and from images and videos to go on from.")
+    add = parser.add_argument
+    add("--preset", type=str, default=preset.name, help=f"one of {', '.join(presets.names())}")
+    add("--config", action="config", help="YAML file with any of the options below")
+    models = "folder or hub id, in place of the preset's"
+    add("--checkpoint", "--ckpt-path", type=str, help=f"the diffusion transformer: {models}")
+    add("--vae", type=str, help=f"the VAE: {models}")
+    add("--text-encoder", type=str, help=f"the text encoder: {models}")
+
+    add("--prompt", type=str, nargs="+", help="one or more prompts")
+    add("--prompt-path", type=str, help="a text file with a prompt on each line")
+    add("--start-index", type=int, default=0, help="first prompt of the file to use, from 0")
+    add("--end-index", type=int, help="the prompt of the file to stop before")
+    add("--negative-prompt", type=str, default=sample.negative_prompt, help="what to move away from")
+    add("--aes", type=optional(float), default=sample.aes, help="aesthetic score to ask for, about 4 to 7")
+    add("--flow", type=optional(float), default=sample.flow, help="motion score to ask for, 0 to 100")
+    add("--camera-motion", type=optional(str), default=sample.camera_motion, help="pan right, zoom in, static, ...")
+
+    add("--num-frames", type=str, default=sample.num_frames, help='frames ("51"; 1 is an image) or seconds ("4s")')
+    add("--resolution", type=optional(str), default=sample.resolution, help="144p to 4k")
+    add("--aspect-ratio", type=optional(str), default=sample.aspect_ratio, help="height:width, as 9:16")
+    image_size = list(sample.image_size) if sample.image_size else None
+    add("--image-size", type=int, nargs=2, default=image_size, metavar=("H", "W"), help="pixels")
+    add("--fps", type=float, default=sample.fps, help="frames per second the model is told")
+    add("--save-fps", type=optional(float), default=sample.save_fps, help="of the file; default fps // frame interval")
+    add("--frame-interval", type=int, default=sample.frame_interval)
+
+    add("--reference-path", type=str, nargs="+", help="images or videos, joined by ';': one list, or one per prompt")
+    strategy = "loop,reference,reference start,target start,length,edit ratio; latent frames; joined by ';'"
+    add("--mask-strategy", type=str, nargs="+", help=strategy)
+    add("--loop", type=int, default=sample.loop, help="go on from the end of the clip so many times")
+    add("--condition-frame-length", type=int, default=sample.condition_frame_length, help="latent frames repeated")
+    add("--condition-frame-edit", type=float, default=sample.condition_frame_edit, help="0 keeps them, 1 makes new")
+    add("--align", type=optional(int), default=sample.align, help="latent frames that starts are rounded to")
+
+    add("--num-sampling-steps", type=int, default=flow.num_sampling_steps)
+    add("--cfg-scale", type=float, default=flow.cfg_scale, help="how closely to follow the prompt; 1: no guidance")
+    add("--num-sample", type=int, default=sample.num_sample, help="clips of each prompt")
+    add("--batch-size", type=int, default=sample.batch_size, help="clips made at a time")
+    add("--seed", type=int, default=sample.seed, help="of the first clip; clip n takes seed + n")
+    add("--dtype", type=Precision, default=sample.dtype)
+    add("--text-dtype", type=Precision, default=sample.text_dtype)
+    add("--device", type=str, default=sample.device, help="auto, cpu, cuda, npu, ...")
+
+    add("-o", "--output", type=str, help="file for a single clip: .mp4, .gif, or .png for an image")
+    add("--save-dir", type=str, default="samples", help="folder for the clips when there is no --output")
+    add("--sample-name", type=str, default="sample", help="what file names in the folder begin with")
+    add("--prompt-as-path", type=bool, default=False, help="name files by their prompts and skip those that exist")
+    add("--contact-sheet", type=bool, default=True, help="write a picture of frames of the videos beside them")
+    return parser
+
+
+def _configs(preset: Preset, options: dict[str, Any]) -> tuple[SampleConfig, RectifiedFlowConfig]:
+    values = {item.name: options[item.name] for item in fields(SampleConfig)}
+    values["image_size"] = tuple(values["image_size"]) if values["image_size"] is not None else None
+    config = SampleConfig(**values)
+    sized_by_name = (config.resolution, config.aspect_ratio) != (preset.sample.resolution, preset.sample.aspect_ratio)
+    if sized_by_name and config.image_size == preset.sample.image_size:
+        config = replace(config, image_size=None)
+    steps = options["num_sampling_steps"]
+    if steps < 1:
+        raise CommandError(f"num_sampling_steps: must be at least 1, got {steps}")
+    return config, replace(preset.flow, num_sampling_steps=steps, cfg_scale=options["cfg_scale"])
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts, where each came from, and the number of the first in its file."""
+
+    texts: list[str]
+    places: list[str]
+    first_index: int = 0
+
+
+def _read_prompts(options: dict[str, Any]) -> _Prompts:
+    given, path = options["prompt"], options["prompt_path"]
+    if bool(given) == bool(path):
+        raise CommandError('give either --prompt "a red circle moving left" or --prompt-path FILE')
+    if given:
+        return _Prompts(list(given), [f"prompt {i + 1}" for i in range(len(given))])
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        line = Path(path).read_bytes()[: error.start].count(b"\n") + 1
+        raise CommandError(f"{path}, line {line}: is not UTF-8 text") from error
+    numbered = [(line.strip(), number) for number, line in enumerate(lines, start=1) if line.strip()]
+    chosen = numbered[options["start_index"] : options["end_index"]]
+    if not chosen:
+        raise CommandError(f"{path}: holds {len(numbered)} prompts, none from --start-index to --end-index")
+    texts, places = [text for text, _ in chosen], [f"{path}, line {number}" for _, number in chosen]
+    return _Prompts(texts, places, options["start_index"])
+
+
+def _load(preset: Preset, options: dict[str, Any], config: SampleConfig) -> tuple[Sampler, StageCost]:
+    from transformers.utils import logging
+
+    from opensora.parallel import resolve_device
+    from opensora.sampler import Sampler
+    from opensora.sampling.stages import StageMeter
+
+    logging.disable_progress_bar()  # ours says more
+    meter = StageMeter(resolve_device(config.device))
+    with meter.stage("load"):
+        sampler = Sampler.from_preset(
+            preset.name,
+            vae=options["vae"],
+            transformer=options["checkpoint"],
+            text_encoder=options["text_encoder"],
+            config=config,
+        )
+    return sampler, meter.costs["load"]
+
+
+@contextmanager
+def _places(prompts: _Prompts) -> Iterator[None]:
+    """Errors in a prompt name its line in the file."""
+    from opensora.sampling.requests import PromptError
+
+    try:
+        yield
+    except PromptError as error:
+        raise CommandError(f"{prompts.places[error.index]}: {error.reason}") from error
+
+
+class _Outputs:
+    """Names files, writes them, and remembers what was written."""
+
+    def __init__(self, options: dict[str, Any], config: SampleConfig, *, num_clips: int) -> None:
+        self.saved: list[tuple[Path, Clip]] = []
+        self.sheet: Path | None = None
+        self._file = Path(options["output"]) if options["output"] else None
+        self._folder = Path(options["save_dir"])
+        self._options, self._config = options, config
+        self._suffix = ".png" if config.num_frames == "1" and config.loop == 1 else ".mp4"
+        if self._file is None:
+            return
+        if num_clips > 1:
+            raise CommandError(f"output: holds one clip, but {num_clips} are asked for; use --save-dir FOLDER")
+        known = (".mp4", ".gif", ".png") if self._suffix == ".png" else (".mp4", ".gif")
+        if self._file.suffix.lower() not in known:
+            raise CommandError(f"output: must end in {', '.join(known)}, got {str(self._file)!r}")
+
+    def without_existing(self, plan: Plan) -> Plan:
+        """With --prompt-as-path, prompts whose files are all there are not done again."""
+        if not self._options["prompt_as_path"] or self._file is not None:
+            return plan
+        samples = range(self._config.num_sample)
+        left = [r for r in plan.requests if not all(self._path(r.prompt, r.index, k).exists() for k in samples)]
+        return replace(plan, requests=tuple(left))
+
+    def save(self, clip: Clip) -> None:
+        path = self._file or self._path(clip.prompt, clip.index, clip.sample)
+        self.saved.append((clip.save(path), clip))
+
+    def save_sheet(self) -> None:
+        """A row of frames for each of the first videos."""
+        from opensora.video import write_contact_sheet
+
+        clips = [clip.frames for _, clip in self.saved[:MAX_SHEET_ROWS]]
+        if not self._options["contact_sheet"] or not clips or len(clips[0]) == 1:
+            return
+        sheet = self._folder / f"{self._options['sample_name']}-sheet.png"
+        if self._file is not None:
+            sheet = self._file.with_name(f"{self._file.stem}-sheet.png")
+        self.sheet = write_contact_sheet(sheet, clips)
+
+    def _path(self, prompt: str, index: int, sample: int) -> Path:
+        if self._options["prompt_as_path"]:
+            # VBench looks for "<prompt>-<number>.mp4"; a file name may have 255 bytes.
+            text = re.sub(r"[/\\\0]", " ", prompt.partition("{")[0]).strip()
+            name = f"{text.encode()[:200].decode(errors='ignore')}-{sample}"
+        else:
+            name = f"{self._options['sample_name']}_{index:04d}"
+            name += f"-{sample}" if self._config.num_sample > 1 else ""
+        return self._folder / f"{name}{self._suffix}"
+
+
+@contextmanager
+def _progress_bar() -> Iterator[OnProgress]:
+    """A bar on standard error with the time left; where that is no terminal, a line for each tenth."""
+    if not sys.stderr.isatty():
+        yield _print_tenths
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("text", total=None)
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage == "denoise":
+                progress.update(task, description=stage, completed=done, total=total)
+            else:
+                progress.update(task, description=stage)
+
+        yield show
+
+
+def _print_tenths(stage: str, done: int, total: int) -> None:
+    if stage == "denoise" and done * 10 // total > (done - 1) * 10 // total:
+        print(f"{stage} {done}/{total}", file=sys.stderr, flush=True)
+
+
+def _print_results(outputs: _Outputs, costs: dict[str, StageCost], *, on_cpu: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for path, clip in outputs.saved:
+        num_frames, _, height, width = clip.frames.shape
+        kind = "image" if num_frames == 1 else f"{num_frames} frames at {clip.fps:g} fps"
+        print(f"{path}: {kind}, {height} x {width}, seed {clip.seed}: {clip.prompt}")
+    if not outputs.saved:
+        print("nothing to do: all files exist")
+    if outputs.sheet is not None:
+        print(f"{outputs.sheet}: contact sheet")
+    table = Table("stage", title="resident memory of the process" if on_cpu else "memory of the device")
+    table.add_column("seconds", justify="right")
+    table.add_column("peak MiB", justify="right")
+    for name, cost in costs.items():
+        table.add_row(name, f"{cost.seconds:.2f}", f"{cost.peak_bytes / 2**20:,.0f}")
+    Console().print(table)

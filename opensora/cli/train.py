@@ -1,0 +1,25 @@
+"""`opensora train`: a diffusion transformer on encoded clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opensora.cli.training import run_training
+from opensora.config import TrainConfig
+from opensora.training import TrainingResult
+
+
+def run(arguments: Sequence[str]) -> int:
+    return run_training(
+        "train",
+        "Train a diffusion transformer. Ctrl-C saves a checkpoint and stops; --resume goes on from it exactly.",
+        arguments,
+        stages=lambda preset: preset.training,
+        train=_train,
+    )
+
+
+def _train(config: TrainConfig, resume: bool) -> TrainingResult:
+    from opensora.trainer import run_train  # imports the models: not for --help
+
+    return run_train(config, resume=resume)

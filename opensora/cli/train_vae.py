@@ -1,0 +1,25 @@
+"""`opensora train-vae`: the stacked video VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opensora.cli.training import run_training
+from opensora.config import TrainVAEConfig
+from opensora.training import TrainingResult
+
+
+def run(arguments: Sequence[str]) -> int:
+    return run_training(
+        "train-vae",
+        "Train a video VAE. Ctrl-C saves a checkpoint and stops; --resume goes on from it exactly.",
+        arguments,
+        stages=lambda preset: preset.vae_training,
+        train=_train,
+    )
+
+
+def _train(config: TrainVAEConfig, resume: bool) -> TrainingResult:
+    from opensora.vae_trainer import run_train_vae  # imports the models: not for --help
+
+    return run_train_vae(config, resume=resume)

@@ -1,0 +1,64 @@
+"""What `opensora train` and `opensora train-vae` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from opensora import presets
+from opensora.cli import CommandError
+from opensora.cli.options import Parser, add_config_options, config_from_options, early_option
+from opensora.config import Preset
+from opensora.training import TrainingResult
+
+Config = TypeVar("Config")
+
+# Short names of much used options; among them those of Open-Sora's own commands.
+ALIASES = {
+    "run.output": ("--output", "-o", "--outputs"),
+    "run.steps": ("--steps",),
+    "run.seed": ("--seed",),
+    "run.dtype": ("--dtype",),
+    "run.device": ("--device",),
+    "data.manifest": ("--data-path",),
+    "data.batch_size": ("--batch-size",),
+    "optimizer.lr": ("--lr",),
+    "optimizer.warmup_steps": ("--warmup-steps",),
+    "initial_transformer": ("--checkpoint", "--ckpt-path"),
+    "initial_vae": ("--checkpoint", "--ckpt-path"),
+}
+
+
+def run_training(
+    command: str,
+    description: str,
+    arguments: Sequence[str],
+    *,
+    stages: Callable[[Preset], Mapping[str, Config]],
+    train: Callable[[Config, bool], TrainingResult],
+) -> int:
+    """Read a configuration (preset, then --config, then options), train, and say where the results are."""
+    preset = presets.get(early_option(arguments, "--preset", presets.names()[0]))
+    available = stages(preset)
+    stage = early_option(arguments, "--stage", next(iter(available)))
+    if stage not in available:
+        raise CommandError(f"stage: preset {preset.name} has {', '.join(available)}, got {stage!r}")
+    default = available[stage]
+
+    parser = Parser(command, description)
+    parser.add_argument("--preset", type=str, default=preset.name, help=f"one of {', '.join(presets.names())}")
+    parser.add_argument("--stage", type=str, default=stage, help=f"one of {', '.join(available)}")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    add_config_options(parser, default, ALIASES)
+    options = parser.parse(arguments)
+    if presets.get(options["preset"]).name != preset.name or options["stage"] != stage:
+        raise CommandError("preset and stage: must be given as options, not in the --config file")
+
+    result = train(config_from_options(type(default), options), options["resume"])
+    print(f"step {result.step}, loss {result.loss:.6g}")
+    print(f"model:      {result.model}")
+    print(f"checkpoint: {result.checkpoint}")
+    if result.was_stopped:
+        raise KeyboardInterrupt(f"the same command with --resume goes on after step {result.step}")
+    return 0

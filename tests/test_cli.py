@@ -1,0 +1,230 @@
+"""The command line: what it writes, that twice is the same, and that wrong input is one line and exit status 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensora import presets
+from opensora.cli import main
+from opensora.config import TrainConfig, TrainVAEConfig
+from opensora.data.reading import probe
+from opensora.training import TrainingResult
+from tests.tiny_models import save_tiny_models
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[str]:
+    torch.set_num_threads(1)
+    folder = save_tiny_models(tmp_path_factory.mktemp("models"))
+    return [
+        *("--vae", str(folder / "vae"), "--checkpoint", str(folder / "transformer")),
+        *("--text-encoder", str(folder / "text_encoder"), "--image-size", "16", "16", "--num-sampling-steps", "3"),
+    ]
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that a refused command prints."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("opensora")
+    return lines[0]
+
+
+def test_a_prompt_becomes_a_video_and_a_contact_sheet_twice_the_same(models, tmp_path, capsys):
+    for name in ("first", "second"):
+        arguments = ["sample", *models, "--prompt", "a red circle", "--seed", "3", "-o", str(tmp_path / f"{name}.mp4")]
+        assert main(arguments) == 0
+    assert (tmp_path / "first.mp4").read_bytes() == (tmp_path / "second.mp4").read_bytes()
+    assert probe(tmp_path / "first.mp4").num_frames == 17
+    output = capsys.readouterr().out
+    assert str(tmp_path / "second.mp4") in output
+    assert str(tmp_path / "second-sheet.png") in output
+    for stage in ("load", "text", "denoise", "decode"):
+        assert stage in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{name}{suffix}" for name in ("first", "second") for suffix in (".mp4", "-sheet.png")
+    )
+
+
+def test_one_frame_is_written_as_png(models, tmp_path):
+    assert main(["sample", *models, "--prompt", "a red circle", "--num-frames", "1", "--save-dir", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["sample_0000.png"]
+
+
+def test_a_prompt_file_makes_one_clip_per_line_and_a_part_of_it_the_same_clips(models, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n\na blue square\na green triangle\n")
+    common = ["sample", *models, "--prompt-path", str(file), "--contact-sheet", "no"]
+    assert main([*common, "--save-dir", str(tmp_path / "all"), "--batch-size", "1"]) == 0
+    assert main([*common, "--save-dir", str(tmp_path / "part"), "--start-index", "1", "--end-index", "2"]) == 0
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [f"sample_000{i}.mp4" for i in range(3)]
+    assert [p.name for p in (tmp_path / "part").iterdir()] == ["sample_0001.mp4"]
+    name = "sample_0001.mp4"
+    assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
+
+
+def test_prompts_as_file_names_skip_what_exists(models, tmp_path, capsys):
+    arguments = ["sample", *models, "--prompt", "a red/blue circle", "--prompt-as-path", "yes", "--save-dir"]
+    assert main([*arguments, str(tmp_path)]) == 0
+    assert (tmp_path / "a red blue circle-0.mp4").exists()
+    capsys.readouterr()
+    assert main([*arguments, str(tmp_path)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_bad_line_of_a_prompt_file_is_named_before_any_work(models, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text('a red circle\n\na blue square {"reference_path": 7}\n')
+    line = refused(capsys, "sample", *models, "--prompt-path", str(file), "--save-dir", str(tmp_path / "out"))
+    assert "prompts.txt, line 3: " in line
+    assert "reference_path must be a string" in line
+    assert not (tmp_path / "out").exists()
+    file.write_bytes(b"a red circle\na \xff\xfe circle\n")
+    assert "line 2: is not UTF-8" in refused(capsys, "sample", *models, "--prompt-path", str(file))
+    file.write_text("\n\n")
+    assert "holds 0 prompts" in refused(capsys, "sample", *models, "--prompt-path", str(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "preset: must be one of tiny, open_sora_v1_2, got 'huge'"),
+        ([], "give either --prompt"),
+        (["--prompt", "a", "--prompt-path", "b.txt"], "give either --prompt"),
+        (["--prompt-path", "absent.txt"], "No such file"),
+        (["--prompt", "a", "--num-frames", "many"], "num_frames: must be a positive number"),
+        (["--prompt", "a", "--num-frames", "0"], "num_frames: must be a positive number"),
+        (["--prompt", "a", "--resolution", "241p", "--aspect-ratio", "9:16"], "resolution: must be one of 144p"),
+        (["--prompt", "a", "--resolution", "240p"], "image_size: needed, or both"),
+        (["--prompt", "a", "--resolution", "240p", "--aspect-ratio", "9:1"], "aspect_ratio: 240p must be given one of"),
+        (["--prompt", "a", "--image-size", "1", "1"], "smaller than one latent"),
+        (["--prompt", "a", "--num-sampling-steps", "0"], "num_sampling_steps: must be at least 1"),
+        (["--prompt", "a", "--dtype", "fp8"], "fp8"),
+        (["--prompt", "a", "--seed", "x"], 'option "seed"'),
+        (["--prompt", "a", "--sed", "3"], "unrecognized arguments: --sed"),
+        (["--prompt", "a", "b", "-o", "out.mp4"], "holds one clip, but 2 are asked for"),
+        (["--prompt", "a", "-o", "out.avi"], "output: must end in .mp4, .gif"),
+        (["--prompt", "a", "--reference-path", "absent.png"], "no such file"),
+        (["--prompt", "a", "--mask-strategy", "0,0,0,0,1,0,9"], "at most 6 fields"),
+        (["--prompt", "a", "--loop", "2", "--condition-frame-length", "5"], "condition_frame_length: must lie between"),
+        (["--prompt", "a", "--vae", "nowhere/at/all"], "neither an existing folder"),
+    ],
+)
+def test_wrong_sample_input_is_one_line(models, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    size = arguments[arguments.index("--image-size") :] if "--image-size" in arguments else []
+    given = models[:6] if {"--resolution"} & set(arguments) else models
+    assert message in refused(capsys, "sample", *given, *arguments, *size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_with_wrong_keys_lists_them(models, capsys):
+    folders = {models[i]: models[i + 1] for i in range(0, 6, 2)}
+    weights = Path(folders["--vae"]) / "model.safetensors"
+    other = Path(folders["--checkpoint"]).parent / "wrong"
+    other.mkdir(exist_ok=True)
+    (other / "model.safetensors").write_bytes(weights.read_bytes())
+    (other / "config.json").write_text((Path(folders["--checkpoint"]) / "config.json").read_text())
+    line = refused(capsys, "sample", *models, "--checkpoint", str(other), "--prompt", "a")
+    assert "does not fit STDiT3" in line
+    assert "missing (rope.freqs" in line
+    assert "unexpected (" in line
+
+
+def test_unknown_commands_list_the_known_and_help_is_no_error(capsys):
+    assert "commands: sample, train, train-vae" in refused(capsys, "draw")
+    assert main([]) == 0
+    assert main(["--version"]) == 0
+    for command in ("sample", "train", "train-vae"):
+        with pytest.raises(SystemExit) as leaving:
+            main([command, "--help"])
+        assert leaving.value.code == 0
+    assert "--optimizer.warmup-steps" in capsys.readouterr().out
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[object, bool]]:
+    """Calls of the trainers, which here only note their configuration."""
+    calls: list[tuple[object, bool]] = []
+
+    def train(config: TrainConfig | TrainVAEConfig, resume: bool) -> TrainingResult:
+        calls.append((config, resume))
+        return TrainingResult(7, 0.5, config.run.steps == 13, Path("checkpoint"), Path("model"))
+
+    monkeypatch.setattr("opensora.cli.train._train", train)
+    monkeypatch.setattr("opensora.cli.train_vae._train", train)
+    return calls
+
+
+def test_training_options_change_single_fields_of_a_preset(trained, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("optimizer: {ema_decay: 0.5}\nsteps: 11\n".replace("steps", "run.steps"))
+    arguments = ["train", "--preset", "tiny", "--config", str(tmp_path / "run.yaml"), "--resume"]
+    arguments += ["--optimizer.lr", "0.002", "--data.image-size", "[32, 48]", "--mask-ratios", '{"image_head": 0.3}']
+    assert main([*arguments, "-o", "there", "--train-text-encoder", "no"]) == 0
+    config, resume = trained[0]
+    default = presets.get("tiny").training["default"]
+    assert resume
+    assert (config.optimizer.lr, config.optimizer.ema_decay, config.run.steps) == (0.002, 0.5, 11)
+    assert (config.data.image_size, config.mask_ratios) == ((32, 48), {"image_head": 0.3})
+    assert (config.run.output, config.train_text_encoder) == ("there", False)
+    assert config.transformer == default.transformer
+    assert "step 7, loss 0.5" in capsys.readouterr().out
+
+
+def test_without_options_training_is_the_preset(trained):
+    assert main(["train-vae"]) == 0
+    assert main(["train", "--preset", "open_sora_v1_2", "--stage", "stage2"]) == 0
+    assert trained[0] == (presets.get("tiny").vae_training["default"], False)
+    assert trained[1] == (presets.get("open_sora_v1_2").training["stage2"], False)
+
+
+def test_a_stopped_training_says_how_to_go_on(trained, capsys):
+    assert main(["train", "--steps", "13"]) == 130
+    assert "--resume goes on after step 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--preset", "huge"], "preset: must be one of"),
+        (["train", "--stage", "stage9"], "stage: preset tiny has default, got 'stage9'"),
+        (["train", "--optimizer.lr", "fast"], 'option "optimizer.lr"'),
+        (["train", "--optimizer.decay", "linear"], "linear"),
+        (["train", "--data.image-size", "[64]"], "data.image_size"),
+        (["train-vae", "--config", "absent.yaml"], "File does not exist"),
+        (["train-vae", "--data-path", "absent.csv", "--run.output", "out"], "absent.csv"),
+    ],
+)
+def test_wrong_training_input_is_one_line(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *arguments)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_control_c_keeps_finished_clips_and_leaves_no_half_written_ones(models, tmp_path):
+    command = [sys.executable, "-m", "opensora", "sample", *models, "--num-sampling-steps", "200", "--num-sample", "99"]
+    command += ["--prompt", "a red circle", "--save-dir", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*.mp4")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    files = sorted(tmp_path.iterdir())
+    assert f"stopped; {len(files)} of 99 clips are finished and saved" in errors
+    assert "Traceback" not in errors
+    assert all(path.suffix == ".mp4" and probe(path).num_frames == 17 for path in files)
