@@ -182,7 +182,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`opensora train`: a diffusion transformer on encoded clips, with frame masks of the given probabilities."""
+    """`opensora train`: a diffusion transformer on encoded clips, with frame masks of the given probabilities.
+
+    `text_encoder` "" makes a small one from the captions, to be trained with `train_text_encoder`. `cache_latents`
+    encodes every clip once, to its posterior mean. `sample` is how `sample_prompts` are sampled every
+    `run.sample_every` steps.
+    """
 
     transformer: STDiT3Config = field(default_factory=STDiT3Config)
     flow: RectifiedFlowConfig = field(default_factory=RectifiedFlowConfig)
@@ -196,6 +201,7 @@ class TrainConfig:
     train_text_encoder: bool = False
     cache_latents: bool = False
     sample_prompts: tuple[str, ...] = ()
+    sample: SampleConfig = field(default_factory=SampleConfig)
 
 
 @dataclass(frozen=True)

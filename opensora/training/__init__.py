@@ -3,22 +3,25 @@
 This room knows no model: a trainer hands the loop a `Job` (modules, batches, a loss) and gets back where it ended.
 """
 
-from opensora.training.batches import ShuffledBatches
+from opensora.training.batches import LoaderBatches, ShuffledBatches
 from opensora.training.checkpoint import Checkpoints
 from opensora.training.ema import EMA
-from opensora.training.loop import Batches, Job, TrainingResult, run_job
+from opensora.training.loop import DTYPES, Batches, Job, TrainingResult, prepare_process, run_job
 from opensora.training.optimizer import build_optimizer, learning_rate
 from opensora.training.weights import TrainedWeights
 
 __all__ = [
+    "DTYPES",
     "EMA",
     "Batches",
     "Checkpoints",
     "Job",
+    "LoaderBatches",
     "ShuffledBatches",
     "TrainedWeights",
     "TrainingResult",
     "build_optimizer",
     "learning_rate",
+    "prepare_process",
     "run_job",
 ]

@@ -63,11 +63,16 @@ class TrainingResult:
     model: Path
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds torch, NumPy and Python; call before the modules are built, so that their weights follow the seed."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+def prepare_process(run: RunConfig) -> None:
+    """Seeds torch, NumPy and Python and sets the number of threads, if one is asked for.
+
+    Call before the modules are built, so that their weights follow the seed.
+    """
+    if run.num_threads is not None:
+        torch.set_num_threads(run.num_threads)
+    torch.manual_seed(run.seed)
+    np.random.seed(run.seed % 2**32)
+    random.seed(run.seed)
 
 
 def run_job(
