@@ -328,18 +328,24 @@ class CrossAttention(nn.Module):
         return self.proj(attention(q, k, v, key_lengths=key_lengths).flatten(-2))
 
 
-def modulated(x_BLD: Tensor, shift_GBD: Tensor, scale_GBD: Tensor, frame_mask: Tensor | None) -> Tensor:
-    """LayerNorm, then set 0's scale and shift where frame_mask is True and set 1's elsewhere."""
+def timestep_sets(table_KD: Tensor, t_GBKD: Tensor) -> list[tuple[Tensor, ...]]:
+    """table + t as K conditions (shift, scale, ...), each a tuple of its G sets (B, D)."""
+    # unbind, not indexing: the backward pass then stacks once instead of filling zeros for every part taken.
+    return list(zip(*(one_BKD.unbind(1) for one_BKD in (table_KD + t_GBKD).unbind(0)), strict=True))
+
+
+def modulated(x_BLD: Tensor, shift: tuple[Tensor, ...], scale: tuple[Tensor, ...], frame_mask: Tensor | None) -> Tensor:
+    """LayerNorm, then the first set's scale and shift where frame_mask is True and the second's elsewhere."""
     if frame_mask is None:
-        return modulate(x_BLD, shift_GBD[0], scale_GBD[0])
-    return modulate(x_BLD, shift_GBD[0], scale_GBD[0], frame_mask=frame_mask, shift0=shift_GBD[1], scale0=scale_GBD[1])
+        return modulate(x_BLD, shift[0], scale[0])
+    return modulate(x_BLD, shift[0], scale[0], frame_mask=frame_mask, shift0=shift[1], scale0=scale[1])
 
 
-def gated(x_BLD: Tensor, y_BLD: Tensor, gate_GBD: Tensor, frame_mask: Tensor | None) -> Tensor:
+def gated(x_BLD: Tensor, y_BLD: Tensor, gate: tuple[Tensor, ...], frame_mask: Tensor | None) -> Tensor:
     """x + gate * y with the gate of the frame's timestep set."""
     if frame_mask is None:
-        return gate_residual(x_BLD, y_BLD, gate_GBD[0])
-    return gate_residual(x_BLD, y_BLD, gate_GBD[0], frame_mask=frame_mask, gate0=gate_GBD[1])
+        return gate_residual(x_BLD, y_BLD, gate[0])
+    return gate_residual(x_BLD, y_BLD, gate[0], frame_mask=frame_mask, gate0=gate[1])
 
 
 class FinalLayer(nn.Module):
@@ -359,7 +365,7 @@ class FinalLayer(nn.Module):
         self, x_BLD: Tensor, t_GBD: Tensor, frame_mask: Tensor | None, *, num_channels: int | None = None
     ) -> Tensor:
         """(B, L, num_patch * channels), of each patch only the first `num_channels` channels when given."""
-        shift, scale = (self.scale_shift_table + t_GBD[:, :, None]).unbind(2)
+        shift, scale = timestep_sets(self.scale_shift_table, t_GBD[:, :, None])
         x = modulate(x_BLD, shift[0], scale[0])
         if frame_mask is not None:
             again = modulate(x, shift[1], scale[1])

@@ -32,6 +32,7 @@ from opensora.models.layers import (
     gated,
     modulated,
     select_tokens,
+    timestep_sets,
     unpack_tokens,
     unpatchify,
 )
@@ -219,7 +220,7 @@ class STDiT3Block(nn.Module):
         rope: RotaryTable | None = None,
     ) -> Tensor:
         axes = x_BTSD.shape[1:3]
-        conditions = (self.scale_shift_table + t6_GB6D).unbind(2)
+        conditions = timestep_sets(self.scale_shift_table, t6_GB6D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = conditions
 
         x = x_BTSD.flatten(1, 2)
@@ -231,13 +232,13 @@ class STDiT3Block(nn.Module):
         x = gated(x, h, self.thinned(gate_mlp), frame_mask)
         return x.unflatten(1, axes)
 
-    def thinned(self, gate_GBD: Tensor) -> Tensor:
+    def thinned(self, gate: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Drop path: while training, a sample's branch is left out with probability drop_path. A gate does it free."""
         if self.drop_path == 0 or not self.training:
-            return gate_GBD
+            return gate
         keep = 1 - self.drop_path
-        is_kept = torch.rand(gate_GBD.shape[1], 1, device=gate_GBD.device) < keep
-        return gate_GBD * (is_kept / keep).to(gate_GBD.dtype)
+        factor = (torch.rand(len(gate[0]), 1, device=gate[0].device) < keep) / keep
+        return tuple(one * factor.to(one.dtype) for one in gate)
 
 
 def first(value: Tensor | float) -> float:
