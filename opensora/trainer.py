@@ -190,7 +190,7 @@ class _FlowTask:
         """What cached latents depend on: VAE weights, precision, the manifest's rows, and how clips are cut."""
         digest = hashlib.sha256()
         for name, tensor in self.vae.state_dict().items():
-            digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         data = replace(self.config.data, batch_size=0, num_workers=0, validation="")
         digest.update(repr((data, self.config.run.seed, self.config.run.dtype, clips.manifest.clips)).encode())
         return digest.hexdigest()

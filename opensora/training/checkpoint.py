@@ -74,7 +74,10 @@ class Checkpoints:
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Runs write(temporary folder), then puts that folder in the place of `path`; on failure `path` is untouched."""
+    """Runs write(temporary folder), then puts that folder in the place of `path`; on failure `path` is untouched.
+
+    Raises what `write` raises, except that a failure inside safetensors becomes an OSError.
+    """
     temporary = path.with_name(f".{path.name}.writing")
     replaced = path.with_name(f".{path.name}.replaced")
     for leftover in (temporary, replaced):
@@ -86,20 +89,18 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         if path.exists():
             path.rename(replaced)
         temporary.rename(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not path.exists():
             replaced.rename(path)
+        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
         raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Saves tensors as safetensors; a failed write raises OSError."""
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

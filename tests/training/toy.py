@@ -1,0 +1,76 @@
+"""A regression that trains in milliseconds, with everything that could break an exact resume: dropout, Python and
+NumPy random numbers, shuffling, several layers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from opensora.config import OptimizerConfig, RunConfig
+from opensora.parallel import ParallelContext
+from opensora.training import Job, ShuffledBatches, TrainingResult, prepare_process, run_job
+from opensora.training.checkpoint import write_tensors
+
+OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-8, warmup_steps=2, decay="cosine", ema_decay=0.9)
+
+
+@dataclass
+class Hooks:
+    """What a test lets happen inside: `before_loss(step)` is called with the 0-based number of the batch."""
+
+    noise: float = 0.1
+    before_loss: object = None
+    sample: object = None
+
+
+def toy_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.2), nn.SiLU(), nn.Linear(16, 1))
+
+
+def train(
+    output: Path,
+    *,
+    steps: int = 6,
+    resume: bool = False,
+    batch_size: int = 4,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    hooks: Hooks | None = None,
+    model: nn.Module | None = None,
+    keys: tuple[int, ...] = (0,) * 16 + (1,) * 6,
+    **run_options: object,
+) -> TrainingResult:
+    """Run the toy for `steps` steps."""
+    hooks = hooks or Hooks()
+    options = {"dtype": "fp32", "device": "cpu", "log_every": 1, "checkpoint_every": 2, "tensorboard": False}
+    run = RunConfig(output=str(output), steps=steps, **(options | run_options))
+    prepare_process(run)
+    model = model or toy_model()
+    x = torch.randn(len(keys), 4, generator=torch.Generator().manual_seed(1))
+    batches = ShuffledBatches(keys, lambda indices: x[indices], batch_size=batch_size, seed=run.seed)
+    dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
+    count = 0
+
+    def loss(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        nonlocal count
+        if hooks.before_loss is not None:
+            hooks.before_loss(count)
+        count += 1
+        target = x.sum(1, keepdim=True) + hooks.noise * (random.random() + np.random.rand())
+        error = (model(x.to(dtype)).float() - target).square().mean()
+        return error, {"half": error / 2}
+
+    def export(folder: Path, states: dict[str, dict[str, Tensor]]) -> None:
+        write_tensors(folder / "toy.safetensors", states["toy"])
+
+    job = Job({"toy": model}, batches, loss, export, {"optimizer": optimizer}, hooks.sample)
+    return run_job(job, optimizer, run, ParallelContext.single_process("cpu"), resume=resume)
+
+
+def constant(optimizer: OptimizerConfig = OPTIMIZER, **changes: object) -> OptimizerConfig:
+    """An optimizer whose learning rate does not depend on the length of the run."""
+    return replace(optimizer, decay="constant", warmup_steps=0, **changes)
