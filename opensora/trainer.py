@@ -62,7 +62,7 @@ def run_train(config: TrainConfig, *, resume: bool = False, context: ParallelCon
         config.data, seed=config.run.seed, rank=context.data_rank, num_replicas=context.data_world_size
     )
     captions = [clean_caption(clip.text) for clip in loader.dataset.manifest.clips]
-    text = _text_encoder(config, captions).to(context.device, dtype)
+    text = _text_encoder(config, captions).to(context.device)
     vae = load_model(config.vae, VideoVAE, VideoVAEConfig, dtype=dtype, device=context.device).requires_grad_(False)
     transformer = context.wrap(_transformer(config))
     task = _FlowTask(config, transformer, text, vae, context)
@@ -72,9 +72,9 @@ def run_train(config: TrainConfig, *, resume: bool = False, context: ParallelCon
         batches = task.cached_batches(loader.dataset)
     modules: dict[str, nn.Module] = {"transformer": transformer}
     if config.train_text_encoder:
-        modules["text_encoder"] = text.float()  # `TrainedWeights` makes fp32 masters and casts
+        modules["text_encoder"] = text
     else:
-        text.requires_grad_(False).eval()
+        text.to(dtype).requires_grad_(False).eval()
     job = Job(modules, batches, task.loss, task.export, config, task.sample if config.sample_prompts else None)
     return run_job(job, config.optimizer, config.run, context, resume=resume)
 
