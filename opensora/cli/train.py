@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from opensora.cli.training import run_training
 from opensora.config import TrainConfig
-from opensora.training import TrainingResult
+
+if TYPE_CHECKING:
+    from opensora.training import TrainingResult
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -20,6 +23,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _train(config: TrainConfig, resume: bool) -> TrainingResult:
+    from transformers.utils import logging
+
     from opensora.trainer import run_train  # imports the models: not for --help
 
+    logging.disable_progress_bar()
     return run_train(config, resume=resume)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from opensora import presets
 from opensora.cli import CommandError
 from opensora.cli.options import Parser, add_config_options, config_from_options, early_option
 from opensora.config import Preset
-from opensora.training import TrainingResult
+
+if TYPE_CHECKING:
+    from opensora.training import TrainingResult
 
 Config = TypeVar("Config")
 

@@ -151,6 +151,7 @@ def training() -> TrainConfig:
         vae="outputs/tiny-vae/model/vae",
         train_text_encoder=True,
         cache_latents=True,
+        sample=sampling(),
         sample_prompts=(
             "a red circle moving left",
             "a blue square moving down",
