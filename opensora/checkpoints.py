@@ -102,6 +102,8 @@ def save_model(
             index = {"metadata": {}, "weight_map": weight_map}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
         save_config(temporary, config)
+        for name in names:  # safetensors writes files that their owner alone may read
+            (temporary / name).chmod((temporary / "config.json").stat().st_mode)
     for stale in weight_file_names(folder):
         if stale not in (*names, "model.safetensors.index.json" if len(shards) > 1 else ""):
             (folder / stale).unlink()

@@ -88,6 +88,11 @@ def test_our_files_are_read_by_the_safetensors_package(toy, tmp_path):
         assert torch.equal(tensor, toy.state_dict()[name])
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_configuration(toy, tmp_path):
+    save_model(tmp_path, toy, toy.config)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
 def test_dtype_converts_floats_of_file_or_model(toy, tmp_path):
     save_model(tmp_path, toy, toy.config, dtype=torch.bfloat16)
     stored = load_toy(tmp_path)
@@ -184,6 +189,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(toy, tmp_path, monkey
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full_disk(folder: Path, config: ToyConfig) -> None:
+        (folder / "config.json").write_text("{")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_config", full_disk)

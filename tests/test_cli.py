@@ -131,6 +131,16 @@ def test_wrong_sample_input_is_one_line(models, tmp_path, capsys, monkeypatch, a
     assert list(tmp_path.iterdir()) == []
 
 
+def test_too_little_memory_is_one_line_and_a_mistake_of_ours_is_not(monkeypatch, capsys):
+    def fail(arguments: list[str]) -> int:
+        raise torch.OutOfMemoryError("out of memory: tried to allocate 3 GiB") if arguments else RuntimeError("bug")
+
+    monkeypatch.setattr("opensora.cli.sample.run", fail)
+    assert "out of memory: tried to allocate 3 GiB" in refused(capsys, "sample", "--prompt")
+    with pytest.raises(RuntimeError, match="bug"):
+        main(["sample"])
+
+
 def test_a_checkpoint_with_wrong_keys_lists_them(models, capsys):
     folders = {models[i]: models[i + 1] for i in range(0, 6, 2)}
     weights = Path(folders["--vae"]) / "model.safetensors"

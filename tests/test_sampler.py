@@ -125,6 +125,19 @@ def test_an_overlap_as_long_as_the_clip_is_refused(sampler):
         sampler.sample("a red circle", replace(SAMPLE, loop=2, condition_frame_length=5))
 
 
+def test_bf16_models_with_the_timestep_transform_sample_too(models):
+    loaded = Sampler.from_preset(
+        "tiny",
+        vae=models / "vae",
+        transformer=models / "transformer",
+        text_encoder=models / "text_encoder",
+        config=replace(SAMPLE, dtype="bf16", loop=2),
+    )
+    assert loaded.dtype == torch.bfloat16
+    clip = one(loaded.sample("a red circle", flow=replace(FLOW, use_timestep_transform=True)))
+    assert clip.frames.shape[0] == 17 + 16
+
+
 def test_progress_counts_every_step(sampler):
     seen: list[tuple[str, int, int]] = []
     prompts = ["a red circle", "a blue square"]

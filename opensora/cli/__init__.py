@@ -45,6 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("OPENSORA_TRACEBACK"):
             raise
         return _fail(f"opensora {name}", str(error) or type(error).__name__)
+    except RuntimeError as error:
+        if os.environ.get("OPENSORA_TRACEBACK") or not _is_about_the_machine(error):
+            raise
+        return _fail(f"opensora {name}", str(error))
+
+
+def _is_about_the_machine(error: RuntimeError) -> bool:
+    """Too little memory, or a backend that was asked for and cannot run here; other RuntimeErrors are our mistakes."""
+    import torch
+
+    from opensora_kernels.backends import BackendError
+
+    return isinstance(error, (torch.OutOfMemoryError, BackendError))
 
 
 def _fail(program: str, message: str) -> int:
