@@ -9,6 +9,10 @@ from torch.nn import functional as F
 from . import reference
 
 
+# Forward and backward of (1024, 5, 6, 32) in bf16 on one core, 2026-11-20: matrix products 14 ms, this call 24 ms.
+FEW_KEYS = 32
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> Tensor:
     if key_lengths is None:
         return _attend(q, k, v, scale, None)
@@ -23,6 +27,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor
 def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
     if q.numel() == 0 or k.numel() == 0:
         return "scaled_dot_product_attention has no gradient for empty tensors"
+    if _is_narrow_on_cpu(q) and k.shape[-3] <= FEW_KEYS:
+        return f"on a CPU, matrix products in {q.dtype} are faster for {FEW_KEYS} keys or fewer"
     if key_lengths is not None and reference.is_packed(q, k):
         if torch.compiler.is_compiling():
             return "packed keys are split by lengths read on the host, which torch.compile can't trace"
@@ -43,9 +49,17 @@ def _attend_packed(q_BLND: Tensor, k_KND: Tensor, v_KND: Tensor, scale: float, l
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    if _is_narrow_on_cpu(q):
+        # Its backward in bf16 takes three times as long as in fp32: (80, 64, 6, 32) 68 ms against 21 ms, 2026-11-20.
+        with torch.autocast("cpu", enabled=False):
+            return _attend(q.float(), k.float(), v.float(), scale, mask).to(q.dtype)
     # Its fused kernels want exactly four axes.
     q_BNLD, k_BNKD, v_BNKD = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (q, k, v))
     if mask is not None:
         mask = mask.reshape(-1, 1, 1, mask.shape[-1])
     out_BNLD = F.scaled_dot_product_attention(q_BNLD, k_BNKD, v_BNKD, attn_mask=mask, scale=scale)
     return out_BNLD.transpose(1, 2).reshape(q.shape).contiguous()
+
+
+def _is_narrow_on_cpu(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
