@@ -1,12 +1,14 @@
 """The embedded model: clips of 17 frames, 64 x 64 pixels, 8 per second; the recipe that made it.
 
-python -m opensora.data.tiny_dataset data/tiny
-opensora train-vae --preset tiny
+opensora make-tiny-data data/tiny
+opensora train-vae --preset tiny --stage short
+opensora train-vae --preset tiny --stage clips
 opensora train --preset tiny
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from opensora.config import (
@@ -40,7 +42,7 @@ def preset() -> Preset:
         sample=sampling(),
         flow=flow(),
         training={"default": training()},
-        vae_training={"default": vae_training()},
+        vae_training={"short": vae_training_short(), "clips": vae_training_clips()},
     )
 
 
@@ -69,18 +71,20 @@ def vae() -> VideoVAEConfig:
         spatial=SpatialVAEConfig(
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(32, 64, 64),
+            block_out_channels=(16, 32, 64),
             layers_per_block=1,
             latent_channels=LATENT_CHANNELS,
             norm_num_groups=8,
             sample_size=64,
+            scaling_factor=1.0,
         ),
         temporal=TemporalVAEConfig(
             in_out_channels=LATENT_CHANNELS,
             latent_embed_dim=LATENT_CHANNELS,
             embed_dim=LATENT_CHANNELS,
-            filters=32,
+            filters=16,
             num_res_blocks=1,
+            channel_multipliers=(1, 2, 2, 2),
             num_groups=8,
         ),
         scale=1.0,
@@ -102,24 +106,29 @@ def transformer() -> STDiT3Config:
     )
 
 
-def vae_training() -> TrainVAEConfig:
+def vae_training_short() -> TrainVAEConfig:
+    """From nothing, on windows of 1 to 17 frames: short ones show more different pictures in the same time."""
     return TrainVAEConfig(
         vae=vae(),
         loss=VAELossConfig(kl_weight=1e-6),
-        data=DataConfig(
-            manifest=f"{DATA}/train.csv",
-            validation=f"{DATA}/heldout.csv",
-            image_size=(64, 64),
-            num_frames=17,
-            batch_size=4,
-            cache_in_memory=True,
-        ),
-        optimizer=OptimizerConfig(
-            lr=1e-3, eps=1e-8, warmup_steps=100, decay="cosine", final_lr_ratio=0.02, ema_decay=0.995
-        ),
-        run=RunConfig(output="outputs/tiny-vae", steps=4000, dtype="fp32", checkpoint_every=500, sample_every=500),
-        mixed="image",
-        mixed_image_ratio=0.1,
+        data=_clips("vae_train", batch_size=8),
+        optimizer=OptimizerConfig(lr=2e-3, eps=1e-8, warmup_steps=50, ema_decay=0.99),
+        run=RunConfig(output="outputs/tiny-vae-short", steps=600, checkpoint_every=100, sample_every=100),
+        mixed="random",
+        num_statistics_clips=64,
+    )
+
+
+def vae_training_clips() -> TrainVAEConfig:
+    """Whole chunks of 17 frames, the rate falling to nothing."""
+    short = vae_training_short()
+    return replace(
+        short,
+        data=_clips("vae_train", batch_size=4),
+        optimizer=OptimizerConfig(lr=1.5e-3, eps=1e-8, warmup_steps=20, decay="cosine", ema_decay=0.99),
+        run=replace(short.run, output="outputs/tiny-vae", steps=700),
+        mixed="none",
+        initial_vae=f"{short.run.output}/model/vae",
     )
 
 
@@ -127,17 +136,11 @@ def training() -> TrainConfig:
     return TrainConfig(
         transformer=transformer(),
         flow=flow(),
-        data=DataConfig(
-            manifest=f"{DATA}/train.csv",
-            image_size=(64, 64),
-            num_frames=17,
-            batch_size=16,
-            cache_in_memory=True,
-        ),
+        data=_clips("train", batch_size=16),
         optimizer=OptimizerConfig(
             lr=1e-3, eps=1e-8, warmup_steps=200, decay="cosine", final_lr_ratio=0.02, ema_decay=0.998
         ),
-        run=RunConfig(output="outputs/tiny", steps=10_000, dtype="fp32", checkpoint_every=500, sample_every=1000),
+        run=RunConfig(output="outputs/tiny", steps=5000, checkpoint_every=250, sample_every=500),
         mask_ratios={
             "random": 0.02,
             "quarter_head": 0.01,
@@ -158,4 +161,15 @@ def training() -> TrainConfig:
             "a green triangle moving right",
             "a yellow circle moving up",
         ),
+    )
+
+
+def _clips(manifest: str, *, batch_size: int) -> DataConfig:
+    return DataConfig(
+        manifest=f"{DATA}/{manifest}.csv",
+        validation=f"{DATA}/heldout.csv",
+        image_size=(64, 64),
+        num_frames=17,
+        batch_size=batch_size,
+        cache_in_memory=True,
     )
