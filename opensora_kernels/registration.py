@@ -90,4 +90,9 @@ def _recompute(reference: Callable[..., Any], values: list[Any], grads: tuple[An
         else [None] * len(wanted)
     )
     filled = [next(found) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves]
-    return tuple(pytree.tree_unflatten(filled, structure))
+    gradients = pytree.tree_unflatten(filled, structure)
+    # torch.library wants one None for an `int[]`, not a list of them
+    return tuple(
+        gradient if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)) else None
+        for value, gradient in zip(values, gradients, strict=True)
+    )
