@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,19 +33,18 @@ def errors_of(op: str) -> list[BadCall]:
     return importlib.import_module(f"opensora_kernels.ops.{op}.cases").ERRORS
 
 
-def small_cases() -> Iterator[Any]:
-    for op in OPS:
-        for case in cases_of(op):
-            if not case.is_large:
-                yield pytest.param(op, case, id=f"{op}-{case.name}")
+def small_cases() -> list[Any]:
+    return [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPS for case in cases_of(op) if not case.is_large]
 
 
-def backend_cases() -> Iterator[Any]:
-    for op in OPS:
-        for backend in backends.backends_of(op):
-            for case in cases_of(op):
-                if not case.is_large:
-                    yield pytest.param(op, backend, case, id=f"{op}-{backend}-{case.name}")
+def backend_cases() -> list[Any]:
+    return [
+        pytest.param(op, backend, case, id=f"{op}-{backend}-{case.name}")
+        for op in OPS
+        for backend in backends.backends_of(op)
+        for case in cases_of(op)
+        if not case.is_large
+    ]
 
 
 def draw(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
