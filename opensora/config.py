@@ -219,7 +219,11 @@ class VAELossConfig:
 
 @dataclass(frozen=True)
 class TrainVAEConfig:
-    """`opensora train-vae`: the stacked VAE; `mixed` makes some clips single frames or of random length."""
+    """`opensora train-vae`: the stacked VAE; `mixed` makes some clips single frames or of random length.
+
+    `spatial_only` trains the 2-D VAE without the temporal one. `initial_log_variance` is where posteriors of a new VAE
+    start: at 0, a VAE trained from nothing drowns its small first latents in noise.
+    """
 
     vae: VideoVAEConfig = field(default_factory=VideoVAEConfig)
     loss: VAELossConfig = field(default_factory=VAELossConfig)
@@ -228,6 +232,8 @@ class TrainVAEConfig:
     run: RunConfig = field(default_factory=RunConfig)
     initial_vae: str | None = None
     freeze_spatial: bool = False
+    spatial_only: bool = False
+    initial_log_variance: float = 0.0
     mixed: Literal["none", "image", "random"] = "none"
     mixed_image_ratio: float = 0.2
     num_statistics_clips: int = 256

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensora.checkpoints import load_model, save_model
 from opensora.config import TrainVAEConfig, VideoVAEConfig
@@ -54,10 +54,14 @@ def run_train_vae(
 def _build(config: TrainVAEConfig, device: torch.device) -> VideoVAE:
     if config.initial_vae is None:
         vae = VideoVAE(config.vae)
+        for quant_conv in (vae.spatial_vae.module.quant_conv, vae.temporal_vae.quant_conv.conv):
+            nn.init.constant_(quant_conv.bias.chunk(2)[1], config.initial_log_variance)
     else:
         vae = load_model(config.initial_vae, VideoVAE, VideoVAEConfig, dtype=torch.float32)
     if config.freeze_spatial:
         vae.spatial_vae.requires_grad_(False)
+    if config.spatial_only:
+        vae.temporal_vae.requires_grad_(False)
     if config.run.grad_checkpoint:
         vae.set_gradient_checkpointing()
     if device.type == "cuda":
@@ -79,9 +83,11 @@ class _VAETask:
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         x_BCTHW = self._moved(_mixed(batch["video"], self.config))
         needs_pixels = self.config.loss.use_real_rec_loss
-        output = VAELoss(self.config.loss)(x_BCTHW, self.vae(x_BCTHW, decode_pixels=needs_pixels))
-        terms = {name: value for name, value in vars(output).items() if name != "total" and value is not None}
-        return output.total, terms
+        through_time = not self.config.spatial_only
+        output = self.vae(x_BCTHW, decode_pixels=needs_pixels, through_time=through_time)
+        losses = VAELoss(self.config.loss)(x_BCTHW, output)
+        terms = {name: value for name, value in vars(losses).items() if name != "total" and value is not None}
+        return losses.total, terms
 
     def export(self, folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         mean_C, std_C = self._latent_statistics()
@@ -98,12 +104,17 @@ class _VAETask:
             rows, scores = [], []
             for index in _spread(len(clips), NUM_SAMPLE_CLIPS):
                 x = self._moved(clips[index]["video"][None])
-                x_rec = self.vae.decode(self.vae.encode(x, sample_posterior=False), x.shape[2])
+                x_rec = self._reconstruct(x)
                 rows += [to_uint8(x[0]), to_uint8(x_rec[0])]
                 scores.append(psnr(rows[-2], rows[-1]))
             write_contact_sheet(folder / f"{name}-{step:08d}.png", rows)
             values[f"psnr_{name}"] = sum(scores) / len(scores)
         return values
+
+    def _reconstruct(self, x_BCTHW: Tensor) -> Tensor:
+        if self.config.spatial_only:
+            return self.vae.spatial_vae.decode(self.vae.spatial_vae.encode(x_BCTHW, None))
+        return self.vae.decode(self.vae.encode(x_BCTHW, sample_posterior=False), x_BCTHW.shape[2])
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of z over up to `num_statistics_clips` training clips."""

@@ -61,7 +61,8 @@ class VAELoss(nn.Module):
             terms["reconstruction"] = reconstruction_loss(
                 x_BCTHW, output.x_rec, perceptual=distance, perceptual_weight=weight
             )
-            terms["kl"] = config.kl_weight * kl_loss(output.posteriors)
+            if output.posteriors:
+                terms["kl"] = config.kl_weight * kl_loss(output.posteriors)
         if config.use_z_rec_loss:
             terms["z_reconstruction"] = reconstruction_loss(output.x_z, output.z_rec)
         if config.use_image_identity_loss and x_BCTHW.shape[2] == 1:

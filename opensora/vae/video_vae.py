@@ -95,11 +95,18 @@ class VideoVAE(nn.Module):
         generator: torch.Generator | None = None,
         draw_noise: DrawNoise | None = None,
         decode_pixels: bool = True,
+        through_time: bool = True,
     ) -> VAEOutput:
-        """Encode and decode for training; `decode_pixels=False` saves the 2-D decoder when no loss looks at pixels."""
+        """Encode and decode for training.
+
+        `decode_pixels=False` saves the 2-D decoder when no loss looks at pixels; `through_time=False` leaves the
+        temporal VAE out, to train the 2-D one alone: z and z_rec are x_z then.
+        """
         self._check_pixels("forward", x_BCTHW)
         draw_noise = draw_noise or normal_noise(generator)
         x_z = self.spatial_vae.encode(x_BCTHW, draw_noise)
+        if not through_time:
+            return VAEOutput(self.spatial_vae.decode(x_z) if decode_pixels else None, x_z, x_z, x_z, [])
         z, posteriors = self._encode_time(x_z, draw_noise)
         z_rec = self._decode_time(z, x_BCTHW.shape[2])
         x_rec = self.spatial_vae.decode(z_rec) if decode_pixels else None
