@@ -1,0 +1,182 @@
+"""The rules of the rooms: which file may import which, read from the source without running it.
+
+`opensora_kernels` stands alone; `opensora` is made of leaf rooms that do not know each other and of a few files that
+join them. To add a room, add its line to ROOMS.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import opensora_kernels
+
+ROOT = Path(__file__).parents[1]
+MAX_LINES = 450
+
+# Files of opensora and folders of files -> what else in opensora they may import.
+_FILES = {"config": set(), "parallel": set(), "video": set(), "weight_files": set(), "config_files": {"config"}}
+_CHECKPOINTS = {"checkpoints": {"config", "config_files", "weight_files"}}
+_LEAF_ROOMS = {room: {"config"} for room in ("data", "vae", "text", "models", "schedulers", "conditioning")}
+_BESIDE_THEM = {"training": {"config", "parallel"}, "presets": {"config", "data"}}
+_BELOW = _FILES | _CHECKPOINTS | _LEAF_ROOMS | _BESIDE_THEM
+_JOINTS = {
+    "sampling": {"config", "conditioning", "data", "text"},
+    "sampler": {*_BELOW, "sampling"},
+    "trainer": {*_BELOW, "sampler"},
+    "vae_trainer": {*_BELOW},
+}
+ROOMS: dict[str, set[str]] = _BELOW | _JOINTS | {"cli": {*_BELOW, *_JOINTS}, "__main__": {"cli"}, "__init__": set()}
+# The data set of the embedded model writes video as well as reading it.
+EXCEPTIONS = {("opensora/data/tiny_dataset.py", "video")}
+
+OP_PARTS = {"__init__.py", "reference.py", "cases.py"}
+OTHER_OP_PARTS = {f"{backend}.py" for backend in ("library", "cpu", "triton_kernel", "cuda_kernel", "npu")}
+ROOT_FILES_OF_A_REFERENCE = {"norms", "causal_padding"}
+ONLY_ELSEWHERE = {"complex64", "complex128", "float64", "double", "cuda", "view_as_complex"}
+READ_ENVIRONMENT = {"opensora_kernels/backends.py", "opensora_kernels/_triton.py"}
+
+
+def sources(*folders: str) -> dict[str, str]:
+    return {
+        str(path.relative_to(ROOT)): path.read_text()
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
+
+
+def faults(path: str, source: str) -> list[str]:
+    """What the file at `path`, relative to the root, does against the rules."""
+    tree = ast.parse(source)
+    imported = list(_imports(tree, path))
+    if path.startswith("opensora_kernels/"):
+        found = [_fault_of_kernel_import(path, target) for target in imported]
+    else:
+        found = [_fault_of_model_import(path, target) for target in imported]
+    return [f"{path}: {fault}" for fault in (*found, *_faults_of_names(path, tree)) if fault]
+
+
+def _imports(tree: ast.Module, path: str) -> Iterator[str]:
+    """Everything that a file imports, anywhere in it, as absolute dotted names."""
+    package = list(Path(path).parent.parts)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            parts = [*base, *([node.module] if node.module else [])]
+            yield from (".".join([*parts, alias.name]) for alias in node.names)
+
+
+def _fault_of_model_import(path: str, target: str) -> str | None:
+    package, *names = target.split(".")
+    if package == "opensora_kernels" and (len(names) > 1 or names[0] not in opensora_kernels.__all__):
+        return f"imports {target}, which is no public name of opensora_kernels"
+    here = Path(path).parts[1].removesuffix(".py")
+    if package in ("argparse", "jsonargparse") and here != "cli":
+        return f"imports {target}, but only cli reads arguments"
+    if package != "opensora":
+        return None
+    if here not in ROOMS:
+        return f"is a new room: say in {Path(__file__).name} what it may import"
+    if names[0] == here or names[0] in ROOMS[here] or (path, names[0]) in EXCEPTIONS:
+        return None
+    return f"imports {target}, but {here} may import only {sorted(ROOMS[here])}"
+
+
+def _fault_of_kernel_import(path: str, target: str) -> str | None:
+    package, *names = target.split(".")
+    _, *folders, file = Path(path).parts
+    if package == "opensora":
+        return f"imports {target}, but opensora_kernels must work without opensora"
+    if file == "reference.py" and package not in ("torch", *sys.stdlib_module_names):
+        is_allowed = package == "opensora_kernels" and names[0] in ROOT_FILES_OF_A_REFERENCE
+        return None if is_allowed else f"imports {target}, but a reference needs torch, norms and causal_padding alone"
+    if package != "opensora_kernels" or file == "__main__.py":
+        return None
+    is_in_op = folders[:1] == ["ops"]
+    if names[0] != "ops":
+        is_root_file = (ROOT / "opensora_kernels" / f"{names[0]}.py").exists() or names[0] == "__version__"
+        return None if is_root_file else f"imports {target}: name the file that defines it"
+    if not is_in_op:
+        return None if file == "__init__.py" else f"imports {target}, but root files know no operator"
+    is_of_this_op = names[1] == folders[1]
+    is_public = len(names) == 3 and not (ROOT / "/".join(("opensora_kernels", *names))).with_suffix(".py").exists()
+    if is_of_this_op or (is_public and not names[2].startswith("_")):
+        return None
+    return f"imports {target}, but of other operators only public functions"
+
+
+def _faults_of_names(path: str, tree: ast.Module) -> Iterator[str]:
+    reads_arguments = path.startswith("opensora/cli/")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}"
+            if name == "sys.argv" and not reads_arguments:
+                yield "reads sys.argv outside opensora/cli"
+            if name in ("os.environ", "os.getenv") and not (reads_arguments or path in READ_ENVIRONMENT):
+                yield f"reads {name} outside opensora/cli"
+        if path.endswith("/reference.py") and isinstance(node, ast.Attribute) and node.attr in ONLY_ELSEWHERE:
+            yield f"uses {node.attr}, which a reference for the CPU and Ascend must not"
+
+
+def test_every_import_keeps_to_the_rules():
+    assert not [fault for path, text in sources("opensora_kernels", "opensora").items() for fault in faults(path, text)]
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("opensora_kernels/checks.py", "from opensora.config import STDiT3Config"),
+        ("opensora_kernels/checks.py", "from .ops.modulate import modulate"),
+        ("opensora_kernels/checks.py", "import os; os.environ['HOME']"),
+        ("opensora_kernels/ops/modulate/__init__.py", "from opensora_kernels.ops.rms_norm import reference"),
+        ("opensora_kernels/ops/modulate/__init__.py", "from ..rms_norm.reference import rms_norm"),
+        ("opensora_kernels/ops/modulate/__init__.py", "from opensora_kernels import rms_norm"),
+        ("opensora_kernels/ops/modulate/reference.py", "from opensora_kernels.checks import check_float"),
+        ("opensora_kernels/ops/modulate/reference.py", "from opensora_kernels.ops.rms_norm import rms_norm"),
+        ("opensora_kernels/ops/modulate/reference.py", "import einops"),
+        ("opensora_kernels/ops/modulate/reference.py", "import torch; wide = torch.float64"),
+        ("opensora/data/reading.py", "from opensora.vae import VideoVAE"),
+        ("opensora/data/reading.py", "from opensora.video import write_mp4"),
+        ("opensora/models/layers.py", "def forward():\n    from opensora.text.t5 import TextEncoder"),
+        ("opensora/models/layers.py", "from opensora_kernels.ops.attention import attention"),
+        ("opensora/models/layers.py", "from opensora_kernels import registration"),
+        ("opensora/schedulers/rectified_flow.py", "from opensora import models"),
+        ("opensora/training/loop.py", "from ..vae import VideoVAE"),
+        ("opensora/sampler.py", "from opensora.trainer import run_train"),
+        ("opensora/trainer.py", "from opensora.cli import main"),
+        ("opensora/trainer.py", "import sys; sys.argv"),
+        ("opensora/trainer.py", "import argparse"),
+        ("opensora/new_room/file.py", "from opensora.config import STDiT3Config"),
+    ],
+)
+def test_an_edge_against_the_rules_is_found(path: str, line: str):
+    assert faults(path, line)
+
+
+def test_data_flows_one_way():
+    list(TopologicalSorter(ROOMS).static_order())  # raises CycleError
+
+
+def test_every_room_in_the_list_exists():
+    assert not [room for room in ROOMS if not any((ROOT / "opensora").glob(f"{room}*"))]
+
+
+def test_operator_folders_have_the_same_parts():
+    for folder in sorted((ROOT / "opensora_kernels/ops").iterdir()):
+        if folder.is_dir() and folder.name != "__pycache__":
+            files = {path.name for path in folder.glob("*.py")}
+            assert files >= OP_PARTS, f"{folder.name} lacks {sorted(OP_PARTS - files)}"
+            assert files <= OP_PARTS | OTHER_OP_PARTS, f"{folder.name}: {sorted(files - OP_PARTS - OTHER_OP_PARTS)}"
+            assert folder.name in opensora_kernels.__all__
+
+
+def test_no_file_is_long():
+    files = sources("opensora_kernels", "opensora", "bench", "tests")
+    assert not {path: text.count("\n") for path, text in files.items() if text.count("\n") > MAX_LINES}
