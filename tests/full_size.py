@@ -1,0 +1,111 @@
+"""The full-size models of Open-Sora 1.2 on a CPU, with random weights: `python -m tests.full_size`.
+
+Writes a sharded checkpoint of each, loads it in a fresh process, runs one forward on a small clip and prints seconds
+and peak memory. Random weights tell nothing about pictures, but everything about shapes, keys, time and memory.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from opensora.checkpoints import load_model, save_model
+from opensora.config import STDiT3Config, VideoVAEConfig
+from opensora.models.stdit3 import STDiT3
+from opensora.sampling.stages import StageMeter
+from opensora.vae import VideoVAE
+
+MODELS = {"transformer": (STDiT3, STDiT3Config), "vae": (VideoVAE, VideoVAEConfig)}
+SHARD_BYTES = 500 << 20
+
+
+def write_checkpoint(name: str, folder: Path) -> None:
+    """A sharded bf16 checkpoint of the released size; weights small enough for activations to stay finite."""
+    model_type, config_type = MODELS[name]
+    with torch.device("meta"):
+        model = model_type(config_type())
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    tile = torch.randn(1 << 20, generator=generator).mul_(0.02).to(torch.bfloat16)
+    for tensor in model.state_dict().values():
+        flat = tensor.view(-1)
+        for start in range(0, flat.numel(), tile.numel()):  # a billion normal numbers would take half a minute
+            part = flat[start : start + tile.numel()]
+            part.copy_(tile[: part.numel()])
+    save_model(folder, model, config_type(), max_shard_bytes=SHARD_BYTES)
+
+
+@torch.no_grad()
+def run(name: str, folder: Path) -> dict[str, float]:
+    """Load and run in this process: weights and peak growth of memory in bytes, seconds of loading and of a forward."""
+    model_type, config_type = MODELS[name]
+    meter = StageMeter(torch.device("cpu"))
+    model_type(_smallest(config_type()))  # imports happen here, outside what is measured
+    with meter.stage("start"):
+        pass
+    with meter.stage("load"):
+        model = load_model(folder, model_type, config_type)
+    with meter.stage("forward"):
+        output = _transformer_forward(model) if name == "transformer" else _vae_forward(model)
+    assert output.isfinite().all()
+    costs = meter.costs
+    return {
+        "weight_bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "load_growth_bytes": costs["load"].peak_bytes - costs["start"].peak_bytes,
+        "load_seconds": round(costs["load"].seconds, 2),
+        "forward_seconds": round(costs["forward"].seconds, 2),
+    }
+
+
+def _smallest(config: STDiT3Config | VideoVAEConfig) -> STDiT3Config | VideoVAEConfig:
+    if isinstance(config, STDiT3Config):
+        return STDiT3Config(hidden_size=16, depth=1, num_heads=1, caption_channels=8, model_max_length=4)
+    from opensora.presets.tiny import vae
+
+    return vae()
+
+
+def _transformer_forward(model: nn.Module) -> torch.Tensor:
+    """5 x 8 x 8 latents: 17 frames of 64 x 64 pixels, conditional and unconditional."""
+    bf16 = torch.bfloat16
+    x, y = torch.randn(2, 4, 5, 8, 8, dtype=bf16), torch.randn(2, 1, 300, 4096, dtype=bf16)
+    size = torch.tensor([64.0, 64.0], dtype=bf16)
+    mask = torch.arange(300)[None].repeat(2, 1) < 20
+    return model(x, torch.tensor([500.0, 500.0]), y, mask=mask, fps=size * 0 + 24, height=size, width=size)
+
+
+def _vae_forward(model: VideoVAE) -> torch.Tensor:
+    """17 frames of 64 x 64 pixels, encoded and decoded."""
+    x = torch.rand(1, 3, 17, 64, 64, dtype=torch.bfloat16) * 2 - 1
+    return model.decode(model.encode(x, sample_posterior=False), 17)
+
+
+def measure(name: str) -> dict[str, float]:
+    """`run` in a fresh process on a checkpoint in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(name, Path(folder))
+        command = [sys.executable, "-m", "tests.full_size", name, folder]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        print(json.dumps(run(sys.argv[1], Path(sys.argv[2]))))
+        return
+    for name in MODELS:
+        figures = measure(name)
+        growth = figures["load_growth_bytes"] / figures["weight_bytes"]
+        print(
+            f"{name}: weights {figures['weight_bytes'] / 2**20:.0f} MiB, loaded in {figures['load_seconds']} s "
+            f"at a peak of {growth:.3f} x the weights; one forward {figures['forward_seconds']} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
