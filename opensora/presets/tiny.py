@@ -1,7 +1,7 @@
 """The embedded model: clips of 17 frames, 64 x 64 pixels, 8 per second; the recipe that made it.
 
 opensora make-tiny-data data/tiny
-opensora train-vae --preset tiny --stage short
+opensora train-vae --preset tiny --stage spatial
 opensora train-vae --preset tiny --stage clips
 opensora train --preset tiny
 """
@@ -42,7 +42,7 @@ def preset() -> Preset:
         sample=sampling(),
         flow=flow(),
         training={"default": training()},
-        vae_training={"short": vae_training_short(), "clips": vae_training_clips()},
+        vae_training={"spatial": vae_training_spatial(), "clips": vae_training_clips()},
     )
 
 
@@ -106,29 +106,33 @@ def transformer() -> STDiT3Config:
     )
 
 
-def vae_training_short() -> TrainVAEConfig:
-    """From nothing, on windows of 1 to 17 frames: short ones show more different pictures in the same time."""
+def vae_training_spatial() -> TrainVAEConfig:
+    """From nothing, the 2-D part alone on single frames: what the temporal part then learns on has detail in it."""
     return TrainVAEConfig(
         vae=vae(),
         loss=VAELossConfig(kl_weight=1e-6),
-        data=_clips("vae_train", batch_size=8),
-        optimizer=OptimizerConfig(lr=2e-3, eps=1e-8, warmup_steps=50, ema_decay=0.99),
-        run=RunConfig(output="outputs/tiny-vae-short", steps=600, checkpoint_every=100, sample_every=100),
-        mixed="random",
-        num_statistics_clips=64,
+        data=_clips("vae_train", batch_size=64),
+        optimizer=OptimizerConfig(lr=2e-3, eps=1e-8, warmup_steps=20, ema_decay=0.98),
+        run=RunConfig(output="outputs/tiny-vae-spatial", steps=700, checkpoint_every=100, sample_every=100),
+        spatial_only=True,
+        initial_log_variance=-4.0,
+        mixed="image",
+        mixed_image_ratio=1.0,
+        num_statistics_clips=32,
     )
 
 
 def vae_training_clips() -> TrainVAEConfig:
-    """Whole chunks of 17 frames, the rate falling to nothing."""
-    short = vae_training_short()
+    """Both parts on whole chunks of 17 frames, the rate falling to nothing."""
+    spatial = vae_training_spatial()
     return replace(
-        short,
+        spatial,
         data=_clips("vae_train", batch_size=4),
-        optimizer=OptimizerConfig(lr=1.5e-3, eps=1e-8, warmup_steps=20, decay="cosine", ema_decay=0.99),
-        run=replace(short.run, output="outputs/tiny-vae", steps=700),
+        optimizer=OptimizerConfig(lr=2e-3, eps=1e-8, warmup_steps=20, decay="cosine", ema_decay=0.98),
+        run=replace(spatial.run, output="outputs/tiny-vae", steps=500),
+        spatial_only=False,
         mixed="none",
-        initial_vae=f"{short.run.output}/model/vae",
+        initial_vae=f"{spatial.run.output}/model/vae",
     )
 
 
