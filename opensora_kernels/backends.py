@@ -7,9 +7,11 @@ tensor's device, whose `why_not` gives no reason against it. `use` and the envir
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -49,8 +51,7 @@ _implementations: dict[str, dict[str, Implementation]] = {}
 
 def register(op: str, backend: Backend, implementation: Implementation) -> None:
     """Make `implementation` a candidate for `op`."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"register: backend must be one of {get_args(Backend)}, got {backend!r}")
+    _check_backend("register", backend)
     _implementations.setdefault(op, {})[backend] = implementation
 
 
@@ -79,6 +80,8 @@ def choose(op: str, *arguments: Any) -> str:
 
     Raises BackendError when a backend was asked for this very operator and can't serve it.
     """
+    if _on_choose is not None:
+        _on_choose(op, arguments)
     candidates = _implementations[op]
     demanded = _overrides.get(op)
     if demanded is not None:
@@ -98,13 +101,44 @@ def why_not(op: str, backend: str, *arguments: Any) -> str | None:
     return _reason(op, backend, arguments)
 
 
-def explain(op: str, *arguments: Any) -> dict[str, str]:
-    """For each backend of `op` one sentence: "chosen", "available", or the reason against it."""
-    chosen = choose(op, *arguments)
+def explain(op: str, *arguments: Any, **options: Any) -> dict[str, str]:
+    """For the call `op(*arguments, **options)` and each backend: "chosen", "available" or the reason against it.
+
+    Takes what the public function takes and computes nothing. Raises ValueError for an unknown operator, and what the
+    public function raises for arguments that it refuses.
+    """
+    flat = flat_arguments(op, *arguments, **options)
+    try:
+        chosen = choose(op, *flat)
+    except BackendError:
+        chosen = None  # the sentence of the backend that was ordered says why
     return {
-        backend: "chosen" if backend == chosen else _reason(op, backend, arguments) or "available"
-        for backend in backends_of(op)
+        backend: "chosen" if backend == chosen else reason or "available"
+        for backend, reason in _reasons(op, flat).items()
     }
+
+
+def flat_arguments(op: str, *arguments: Any, **options: Any) -> tuple[Any, ...]:
+    """What the public function `op`, called like this, hands to the registered operator; nothing is computed."""
+    global _on_choose
+    _check_op("explain", op)
+
+    def stop(reached: str, flat: tuple[Any, ...]) -> None:
+        if reached == op:
+            raise _Reached(flat)
+
+    previous, _on_choose = _on_choose, stop
+    try:
+        getattr(importlib.import_module(f"opensora_kernels.ops.{op}"), op)(*arguments, **options)
+    except _Reached as reached:
+        return reached.args[0]
+    finally:
+        _on_choose = previous
+    raise ValueError(f"explain: {op} serves this call without a choice of backends")
+
+
+class _Reached(Exception):
+    """Leaves the public function where it would choose a backend; the argument is what it would choose for."""
 
 
 class use:
@@ -117,10 +151,9 @@ class use:
     def __init__(self, preferred: Backend | None = None, /, **demanded: Backend) -> None:
         table = {**({} if preferred is None else {_EVERY_OP: preferred}), **demanded}
         for op, backend in table.items():
-            if op not in (_EVERY_OP, *_implementations):
-                raise ValueError(f"use: there is no operator {op!r}; the operators are {', '.join(ops())}")
-            if backend not in get_args(Backend):
-                raise ValueError(f"use: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+            if op != _EVERY_OP:
+                _check_op("use", op)
+            _check_backend("use", backend)
         self._previous = dict(_overrides)
         _overrides.update(table)
 
@@ -135,15 +168,25 @@ class use:
 
 
 def _read_environment(text: str) -> dict[str, str]:
-    table = {}
+    variable, table = "OPENSORA_KERNELS_BACKEND", {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
-        op, _, backend = entry.rpartition("=")
-        if backend not in get_args(Backend):
-            raise ValueError(
-                f"OPENSORA_KERNELS_BACKEND: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}"
-            )
+        op, _, backend = (word.strip() for word in entry.rpartition("="))
+        # read before any operator has registered itself
+        if op and not (Path(__file__).parent / "ops" / op / "__init__.py").exists():
+            raise ValueError(f"{variable}: there is no operator {op!r}")
+        _check_backend(variable, backend)
         table[op or _EVERY_OP] = backend
     return table
+
+
+def _check_op(caller: str, op: str) -> None:
+    if op not in _implementations:
+        raise ValueError(f"{caller}: there is no operator {op!r}; the operators are {', '.join(ops())}")
+
+
+def _check_backend(caller: str, backend: str) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"{caller}: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
 
 
 def _device_type(arguments: tuple[Any, ...]) -> str:
@@ -162,12 +205,20 @@ def _reason(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
     return None if candidate.why_not is None else candidate.why_not(*arguments)
 
 
+def _reasons(op: str, arguments: tuple[Any, ...]) -> dict[str, str | None]:
+    """The reason against each backend that `op` has, and against the one that was asked for."""
+    wanted = _overrides.get(op) or _overrides.get(_EVERY_OP)
+    names = dict.fromkeys([*([wanted] if wanted else []), *backends_of(op)])
+    return {backend: _reason(op, backend, arguments) for backend in names}
+
+
 def _refusal(op: str, wanted: str, arguments: tuple[Any, ...]) -> str:
-    lines = [f"{op}: {wanted} was asked for and can't serve this call"]
-    for backend in dict.fromkeys([*([wanted] if wanted in get_args(Backend) else []), *backends_of(op)]):
-        lines.append(f"  {backend}: {_reason(op, backend, arguments) or 'available'}")
-    return "\n".join(lines)
+    lines = [f"  {backend}: {reason or 'available'}" for backend, reason in _reasons(op, arguments).items()]
+    return "\n".join([f"{op}: {wanted} was asked for and can't serve this call", *lines])
 
 
 # What the user asked for: operator name (or "*") -> backend. A plain dict, so that torch.compile guards on it.
 _overrides: dict[str, str] = _read_environment(os.environ.get("OPENSORA_KERNELS_BACKEND", ""))
+
+# Told of every choice while `explain` looks for the one it wants.
+_on_choose: Callable[[str, tuple[Any, ...]], None] | None = None

@@ -83,23 +83,3 @@ def strided_copy(tensor: Tensor) -> Tensor:
         return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
     swapped = tensor.transpose(-1, -2).contiguous()
     return torch.stack([swapped, torch.zeros_like(swapped)], -1)[..., 0].transpose(-1, -2)
-
-
-def schema_calls(op: str, arguments: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """The flattened arguments with which the public function reaches the registered operator `op`."""
-    from opensora_kernels import registration
-
-    calls: list[tuple[Any, ...]] = []
-    original = registration.backends.choose
-
-    def record(name: str, *flat: Any) -> str:
-        if name == op:
-            calls.append(flat)
-        return original(name, *flat)
-
-    registration.backends.choose = record
-    try:
-        public(op)(**arguments)
-    finally:
-        registration.backends.choose = original
-    return calls
