@@ -123,6 +123,7 @@ def run_module(name: str, arguments: list[str], monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", [name, *arguments])
+        patch.delitem(sys.modules, f"{name}.__main__", raising=False)  # runpy warns of modules imported before
         with pytest.raises(SystemExit) as end:
             runpy.run_module(name, run_name="__main__")
     assert end.value.code in (0, None), (name, *arguments)
