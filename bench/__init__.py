@@ -1,0 +1,1 @@
+"""Benchmarks over the cases of the operators: `python -m bench --help`, `pytest bench`."""
