@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": ("opensora.cli.sample", "make images and videos from text"),
     "train": ("opensora.cli.train", "train a diffusion transformer"),
     "train-vae": ("opensora.cli.train_vae", "train a video VAE"),
+    "pack": ("opensora.cli.pack", "make a small model folder of finished training runs"),
     "make-tiny-data": ("opensora.cli.make_tiny_data", "write the clips on which the embedded model was trained"),
 }
 INTERRUPTED = 130
