@@ -151,5 +151,9 @@ def _replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # not the temporary name
     finally:
         temporary.unlink(missing_ok=True)

@@ -118,8 +118,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_remains(tmp_path, frames, suffix
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as failure:
         write_video(path, frames[:1], fps=8)
+    assert failure.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
