@@ -94,7 +94,7 @@ class ClipLoader:
         self.num_replaced += sum(1 for of_clip in skipped if of_clip)
         for path, reason in (pair for of_clip in skipped for pair in of_clip):
             if path not in self.skipped:
-                logger.warning("skipped %s: %s", path, reason)
+                logger.warning("skipped %s: %s (unreadable files so far: %d)", path, reason, len(self.skipped) + 1)
             self.skipped[path] = reason
 
 
