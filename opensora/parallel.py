@@ -67,11 +67,18 @@ class ParallelContext:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of that name; "auto" is the current accelerator (CUDA, NPU, ...) or the CPU."""
-    if isinstance(device, torch.device):
-        return device
-    if device != "auto":
-        return torch.device(device)
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    return torch.device("cpu")
+    """The device of that name; "auto" is the current accelerator (CUDA, NPU, ...) or the CPU.
+
+    Errors: ValueError for a name that torch does not know and for an accelerator that this machine lacks.
+    """
+    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device == "auto":
+        return present or torch.device("cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: must be auto or a device torch knows, got {device!r}") from error
+    if device.type not in ("cpu", "meta") and (present is None or device.type != present.type):
+        has = f"cpu and {present.type}" if present is not None else "only cpu"
+        raise ValueError(f"device: must be one that this machine has ({has}), got {str(device)!r}")
+    return device

@@ -330,6 +330,8 @@ class Sampler:
         for one frame and each further one for `factor`: the code of a clip's first frames, in which a loop begins.
         """
         length, chunk_frames = config.condition_frame_length, self.vae.config.micro_frame_size
+        if num_latent_frames == 1:
+            raise ValueError(f"loop: a clip of one latent frame cannot go on from itself, got loop {config.loop}")
         if not 0 < length < num_latent_frames:
             raise ValueError(
                 f"condition_frame_length: must lie between 1 and {num_latent_frames - 1}, so that a clip of "

@@ -61,11 +61,15 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield f"{prefix}{item.name}", hints[item.name], value
 
 
-def optional(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A converter that also takes "none"."""
+class OrNone:
+    """A converter that also takes "none"; help and errors show it by its name."""
 
-    def read(text: str) -> Any:
-        return None if str(text).lower() in ("none", "null", "") else convert(text)
+    def __init__(self, convert: Callable[[str], Any]) -> None:
+        self._convert = convert
+        self.__name__ = f"{convert.__name__} or none"
 
-    read.__name__ = f"{convert.__name__} or none"
-    return read
+    def __call__(self, text: str) -> Any:
+        return None if str(text).lower() in ("none", "null", "") else self._convert(text)
+
+    def __repr__(self) -> str:
+        return self.__name__

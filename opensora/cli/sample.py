@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora import presets
 from opensora.cli import CommandError
-from opensora.cli.options import Parser, early_option, optional
+from opensora.cli.options import OrNone, Parser, early_option
 from opensora.config import Precision, Preset, RectifiedFlowConfig, SampleConfig
 
 if TYPE_CHECKING:
@@ -65,26 +65,26 @@ def _parser(preset: Preset) -> Parser:
     add("--start-index", type=int, default=0, help="first prompt of the file to use, from 0")
     add("--end-index", type=int, help="the prompt of the file to stop before")
     add("--negative-prompt", type=str, default=sample.negative_prompt, help="what to move away from")
-    add("--aes", type=optional(float), default=sample.aes, help="aesthetic score to ask for, about 4 to 7")
-    add("--flow", type=optional(float), default=sample.flow, help="motion score to ask for, 0 to 100")
-    add("--camera-motion", type=optional(str), default=sample.camera_motion, help="pan right, zoom in, static, ...")
+    add("--aes", type=OrNone(float), default=sample.aes, help="aesthetic score to ask for, about 4 to 7")
+    add("--flow", type=OrNone(float), default=sample.flow, help="motion score to ask for, 0 to 100")
+    add("--camera-motion", type=OrNone(str), default=sample.camera_motion, help="pan right, zoom in, static, ...")
 
     add("--num-frames", type=str, default=sample.num_frames, help='frames ("51"; 1 is an image) or seconds ("4s")')
-    add("--resolution", type=optional(str), default=sample.resolution, help="144p to 4k")
-    add("--aspect-ratio", type=optional(str), default=sample.aspect_ratio, help="height:width, as 9:16")
+    add("--resolution", type=OrNone(str), default=sample.resolution, help="144p to 4k")
+    add("--aspect-ratio", type=OrNone(str), default=sample.aspect_ratio, help="height:width, as 9:16")
     image_size = list(sample.image_size) if sample.image_size else None
     add("--image-size", type=int, nargs=2, default=image_size, metavar=("H", "W"), help="pixels")
     add("--fps", type=float, default=sample.fps, help="frames per second the model is told")
-    add("--save-fps", type=optional(float), default=sample.save_fps, help="of the file; default fps // frame interval")
+    add("--save-fps", type=OrNone(float), default=sample.save_fps, help="of the file; default fps // frame interval")
     add("--frame-interval", type=int, default=sample.frame_interval)
 
     add("--reference-path", type=str, nargs="+", help="images or videos, joined by ';': one list, or one per prompt")
     strategy = "loop,reference,reference start,target start,length,edit ratio; latent frames; joined by ';'"
     add("--mask-strategy", type=str, nargs="+", help=strategy)
-    add("--loop", type=int, default=sample.loop, help="go on from the end of the clip so many times")
+    add("--loop", type=int, default=sample.loop, help="parts of a clip: each goes on from the end of the one before")
     add("--condition-frame-length", type=int, default=sample.condition_frame_length, help="latent frames repeated")
     add("--condition-frame-edit", type=float, default=sample.condition_frame_edit, help="0 keeps them, 1 makes new")
-    add("--align", type=optional(int), default=sample.align, help="latent frames that starts are rounded to")
+    add("--align", type=OrNone(int), default=sample.align, help="latent frames that starts are rounded to")
 
     add("--num-sampling-steps", type=int, default=flow.num_sampling_steps)
     add("--cfg-scale", type=float, default=flow.cfg_scale, help="how closely to follow the prompt; 1: no guidance")

@@ -51,7 +51,7 @@ class ClipSize:
 
 
 def clip_size(config: SampleConfig) -> ClipSize:
-    """The size that `config` asks for. Errors: ValueError for unknown names and sizes that are not positive."""
+    """The size that `config` asks for. Errors: ValueError for unknown names, sizes and rates that are not positive."""
     num_frames = _num_frames(config)
     if config.image_size is not None:
         height, width = config.image_size
@@ -68,6 +68,8 @@ def clip_size(config: SampleConfig) -> ClipSize:
         raise ValueError(
             f"fps and frame_interval: must be positive, got fps {config.fps} and frame_interval {config.frame_interval}"
         )
+    if config.save_fps is not None and config.save_fps <= 0:
+        raise ValueError(f"save_fps: must be positive, got {config.save_fps}")
     save_fps = config.save_fps or max(1.0, config.fps // config.frame_interval)
     return ClipSize(num_frames, height, width, config.fps if num_frames > 1 else IMAGE_FPS, save_fps)
 
@@ -93,7 +95,8 @@ def read_requests(
     One reference path and mask strategy serve all prompts, or there is one for each; those in a prompt's JSON win. A
     reference without a strategy gets "0": its first latent frame becomes the clip's first. `first_index` is the number
     of the first prompt where these are a part of a longer list.
-    Errors: ValueError for counts that do not match and bad loops; PromptError naming the first prompt that is wrong.
+    Errors: ValueError for counts that do not match and options out of range; PromptError naming the first prompt that
+    is wrong.
     """
     if not prompts:
         raise ValueError("prompts: at least one is needed, got none")
@@ -102,6 +105,12 @@ def read_requests(
             "loop, num_sample and batch_size: must be at least 1, "
             f"got {config.loop}, {config.num_sample} and {config.batch_size}"
         )
+    if config.align is not None and config.align < 1:
+        raise ValueError(f"align: must be at least 1, or None for starts as they are, got {config.align}")
+    if not 0 <= config.condition_frame_edit <= 1:
+        raise ValueError(f"condition_frame_edit: must lie in [0, 1], got {config.condition_frame_edit}")
+    if not -(1 << 63) <= config.seed < 1 << 63:  # what a torch.Generator takes
+        raise ValueError(f"seed: must lie in [-2**63, 2**63), got {config.seed}")
     paths = _one_each("reference_path", reference_paths, len(prompts))
     strategies = _one_each("mask_strategy", mask_strategies, len(prompts))
     requests = []
