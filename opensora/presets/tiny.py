@@ -2,6 +2,7 @@
 
 opensora make-tiny-data data/tiny
 opensora train-vae --preset tiny --stage spatial
+opensora train-vae --preset tiny --stage temporal
 opensora train-vae --preset tiny --stage clips
 opensora train --preset tiny
 """
@@ -42,7 +43,11 @@ def preset() -> Preset:
         sample=sampling(),
         flow=flow(),
         training={"default": training()},
-        vae_training={"spatial": vae_training_spatial(), "clips": vae_training_clips()},
+        vae_training={
+            "spatial": vae_training_spatial(),
+            "temporal": vae_training_temporal(),
+            "clips": vae_training_clips(),
+        },
     )
 
 
@@ -122,17 +127,32 @@ def vae_training_spatial() -> TrainVAEConfig:
     )
 
 
-def vae_training_clips() -> TrainVAEConfig:
-    """Both parts on whole chunks of 17 frames, the rate falling to nothing."""
+def vae_training_temporal() -> TrainVAEConfig:
+    """The temporal part alone, on the latents of the 2-D one: five times the clips a second of training both."""
     spatial = vae_training_spatial()
     return replace(
         spatial,
-        data=_clips("vae_train", batch_size=4),
-        optimizer=OptimizerConfig(lr=2e-3, eps=1e-8, warmup_steps=20, decay="cosine", ema_decay=0.98),
-        run=replace(spatial.run, output="outputs/tiny-vae", steps=800),
+        loss=VAELossConfig(use_real_rec_loss=False, use_z_rec_loss=True),
+        data=_clips("vae_train", batch_size=8),
+        run=replace(spatial.run, output="outputs/tiny-vae-temporal", steps=500),
         spatial_only=False,
+        freeze_spatial=True,
         mixed="none",
         initial_vae=f"{spatial.run.output}/model/vae",
+    )
+
+
+def vae_training_clips() -> TrainVAEConfig:
+    """Both parts on pixels, the rate falling to nothing."""
+    temporal = vae_training_temporal()
+    return replace(
+        temporal,
+        loss=VAELossConfig(kl_weight=1e-6),
+        data=_clips("vae_train", batch_size=4),
+        optimizer=OptimizerConfig(lr=1.5e-3, eps=1e-8, warmup_steps=20, decay="cosine", ema_decay=0.98),
+        run=replace(temporal.run, output="outputs/tiny-vae", steps=450),
+        freeze_spatial=False,
+        initial_vae=f"{temporal.run.output}/model/vae",
     )
 
 
