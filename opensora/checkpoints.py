@@ -65,7 +65,7 @@ def load_weights(model: nn.Module, source: str | Path, *, strict: bool = True) -
     """Copy the weights of `source` into an existing model, in the model's dtypes and devices.
 
     With `strict=False` missing and unexpected keys are reported, not refused (a PixArt checkpoint has no temporal
-    blocks); a wrong shape is always refused. Errors: CheckpointError.
+    blocks); a wrong shape is always refused, and so is a file of which no key fits. Errors: CheckpointError.
     """
     location = resolve(source)
     return _fill(model, weight_files(location), location, strict=strict, dtype=None, device=None)
@@ -210,7 +210,7 @@ def _fill(
     for file in files:
         stored.update(file.shapes())
     plan, report = _plan(stored, wanted)
-    if report.mis_shaped or (strict and report):
+    if report.mis_shaped or not plan or (strict and report):
         raise CheckpointError(f"{location}: does not fit {type(model).__name__}: {report}")
     owners = {
         f"{prefix}.{name}" if prefix else name: (module, name)

@@ -184,6 +184,12 @@ def test_a_pixart_checkpoint_fills_the_spatial_half(toy, tmp_path):
     assert torch.equal(other.temporal_blocks[0].weight, temporal)
 
 
+def test_a_checkpoint_of_which_nothing_fits_is_refused_even_where_parts_are_welcome(toy, tmp_path):
+    torch.save({"decoder.weight": torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"does not fit Toy: \d+ missing .*1 unexpected \(decoder.weight\)"):
+        load_weights(toy, tmp_path / "other.pt", strict=False)
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(toy, tmp_path, monkeypatch):
     save_model(tmp_path, toy, toy.config)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
