@@ -116,6 +116,7 @@ class _FlowTask:
         ):
             if value != expected:
                 raise ValueError(f"train: transformer.{name} must equal {other}, {expected}, got {value}")
+        MaskGenerator(self.config.mask_ratios)  # refuses unknown kinds now, not after the clips are encoded
 
     def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         x0_BCTHW = self._latents(batch)

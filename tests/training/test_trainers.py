@@ -14,15 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 from opensora import trainer, vae_trainer
-from opensora.checkpoints import load_model
-from opensora.config import STDiT3Config, VAELossConfig, VideoVAEConfig
+from opensora.checkpoints import load_model, save_model
+from opensora.config import DataConfig, STDiT3Config, VAELossConfig, VideoVAEConfig
 from opensora.data.datasets import ClipDataset
 from opensora.data.manifest import read_manifest
+from opensora.data.shapes import generate
 from opensora.models import STDiT3
 from opensora.text.t5 import TextEncoder
 from opensora.training.records import read_losses
 from opensora.vae import VideoVAE
-from tests.training.small_models import flow_config, save_untrained_vae, train_small, vae_config, write_clips
+from opensora.video import write_video
+from tests.training.small_models import VAE, flow_config, save_untrained_vae, train_small, vae_config, write_clips
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +173,35 @@ def test_batches_without_given_frames_need_no_mask(folder: Path, tmp_path: Path,
     assert seen == [None, None]
 
 
+def test_bucketed_batches_of_clips_and_images_train_and_resume(folder: Path, tmp_path: Path):
+    lines = ["path,text"]
+    for index, num_frames in enumerate((1, 1, 6, 6)):
+        path = write_video(
+            tmp_path / f"{index}{'.png' if num_frames == 1 else '.mp4'}",
+            generate(index, num_frames=num_frames, height=144, width=256)[1],
+            fps=8,
+        )
+        lines.append(f"{path.name},a red circle")
+    (tmp_path / "clips.csv").write_text("\n".join(lines))
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    coarse = replace(VAE, spatial=replace(VAE.spatial, block_out_channels=(8,) * 4, **blocks))  # attention at 1/8 size
+    save_model(tmp_path / "vae", VideoVAE(coarse), coarse)
+    data = DataConfig(manifest=str(tmp_path / "clips.csv"), buckets={"144p": {5: (1.0, 1), 1: (1.0, 2)}})
+    changes = {"data": data, "vae": str(tmp_path / "vae")}
+    run = replace(flow_config(folder, tmp_path).run, steps=4, checkpoint_every=1)
+    train_small("flow", folder, tmp_path, run=replace(run, output=str(tmp_path / "whole")), **changes)
+    for steps in (1, 4):
+        part = replace(run, output=str(tmp_path / "parts"), steps=steps)
+        train_small("flow", folder, tmp_path, resume=True, run=part, **changes)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert len(losses(tmp_path / "whole")) == 4
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
         ("vae", {"loss": VAELossConfig(discriminator_start=0)}, "discriminator_start must be -1"),
+        ("flow", {"mask_ratios": {"halves": 0.5}}, "mask_ratios: kinds must be among"),
         ("flow", {"train_text_encoder": False}, "text_encoder must name a folder or hub id"),
         ("flow", {"transformer": STDiT3Config(hidden_size=16, depth=1, num_heads=2)}, "caption_channels must equal"),
     ],
