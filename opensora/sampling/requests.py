@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensora.conditioning.masks import parse_mask_strategy
-from opensora.conditioning.prompts import append_scores, split_json, split_loops
+from opensora.conditioning.prompts import append_scores, merge_loops, prompt_for_loop, split_json, split_loops
 from opensora.config import SampleConfig
 from opensora.data.aspect_ratios import get_image_size, get_num_frames
 from opensora.data.reading import VideoError, probe
@@ -148,9 +148,9 @@ def _read_request(index: int, prompt: str, path: str, strategy: str, config: Sam
     ]
     if not any(texts):
         raise ValueError(f"the text must not be empty, got {prompt!r}")
-    starts = starts or [0]
-    of_loop = [[text for text, start in zip(texts, starts, strict=True) if start <= i][-1] for i in range(config.loop)]
-    return Request(index, prompt, tuple(of_loop), tuple(references), strategy)
+    merged = merge_loops(texts, starts)
+    of_loop = tuple(prompt_for_loop(merged, loop) for loop in range(config.loop))
+    return Request(index, prompt, of_loop, tuple(references), strategy)
 
 
 def check_reference(path: str) -> None:
