@@ -68,8 +68,8 @@ def write_mp4(path: str | Path, frames: Tensor, *, fps: float, crf: int = 18) ->
         _replacing(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact", "movflags": "+faststart"}) as file,
     ):
-        # One thread: x264's output depends on the number of threads.
-        options = {"crf": str(crf), "preset": "medium", "threads": "1", "flags": "+bitexact"}
+        # x264's output depends on the number of threads, and with mbtree on what its uninitialised memory holds.
+        options = {"crf": str(crf), "threads": "1", "x264-params": "mbtree=0", "flags": "+bitexact"}
         stream = file.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -1,6 +1,8 @@
 """Frames to files: what comes back, that bytes repeat, and that a failure leaves the old file alone."""
 
 import os
+import subprocess
+import sys
 
 import av
 import pytest
@@ -47,6 +49,22 @@ def test_flat_colors_keep_their_value(tmp_path):
     back = read_frames(write_mp4(tmp_path / "flat.mp4", flat, fps=1, crf=1))
     # Limited-range YUV has 219 levels for 256, and three matrix roundings.
     assert (back.int() - flat.int()).abs().max() <= 4
+
+
+WRITE_ONE = """
+import sys, torch
+from opensora.video import write_mp4
+frames = torch.arange(17 * 3 * 64 * 64).reshape(17, 3, 64, 64).mul(7).remainder(251).to(torch.uint8).cumsum(0)
+write_mp4(sys.argv[1], frames.remainder(256).to(torch.uint8), fps=8)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is glibc's")
+def test_an_mp4_does_not_depend_on_what_fresh_memory_holds(tmp_path):
+    for fill in ("0", "17", "165"):
+        command = [sys.executable, "-c", WRITE_ONE, str(tmp_path / f"{fill}.mp4")]
+        subprocess.run(command, check=True, env={**os.environ, "MALLOC_PERTURB_": fill})
+    assert len({(tmp_path / f"{fill}.mp4").read_bytes() for fill in ("0", "17", "165")}) == 1
 
 
 def test_every_writer_repeats_its_bytes(tmp_path, frames):
