@@ -221,7 +221,8 @@ class VAELossConfig:
 class TrainVAEConfig:
     """`opensora train-vae`: the stacked VAE; `mixed` makes some clips single frames or of random length.
 
-    `spatial_only` trains the 2-D VAE without the temporal one. `initial_log_variance` is where posteriors of a new VAE
+    `spatial_only` trains the 2-D VAE without the temporal one. `freeze_encoder` trains the decoders alone: latents, and
+    transformers trained on them, stay what they are. `initial_log_variance` is where posteriors of a new VAE
     start: at 0, a VAE trained from nothing drowns its small first latents in noise.
     """
 
@@ -232,6 +233,7 @@ class TrainVAEConfig:
     run: RunConfig = field(default_factory=RunConfig)
     initial_vae: str | None = None
     freeze_spatial: bool = False
+    freeze_encoder: bool = False
     spatial_only: bool = False
     initial_log_variance: float = 0.0
     mixed: Literal["none", "image", "random"] = "none"

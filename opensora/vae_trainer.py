@@ -62,6 +62,10 @@ def _build(config: TrainVAEConfig, device: torch.device) -> VideoVAE:
         vae.spatial_vae.requires_grad_(False)
     if config.spatial_only:
         vae.temporal_vae.requires_grad_(False)
+    if config.freeze_encoder:
+        for part in (vae.spatial_vae.module, vae.temporal_vae):
+            part.encoder.requires_grad_(False)
+            part.quant_conv.requires_grad_(False)
     if config.run.grad_checkpoint:
         vae.set_gradient_checkpointing()
     if device.type == "cuda":
@@ -90,6 +94,9 @@ class _VAETask:
         return losses.total, terms
 
     def export(self, folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if self.config.freeze_encoder:
+            save_model(folder / "vae", states["vae"], self.vae.config)
+            return
         mean_C, std_C = self._latent_statistics()
         state = dict(states["vae"]) | {"shift": mean_C.view(1, -1, 1, 1, 1), "scale": std_C.view(1, -1, 1, 1, 1)}
         config = replace(self.vae.config, shift=tuple(mean_C.tolist()), scale=tuple(std_C.tolist()))

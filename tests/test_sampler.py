@@ -16,7 +16,6 @@ from opensora.checkpoints import CheckpointError, load_model
 from opensora.config import RectifiedFlowConfig, SampleConfig, VideoVAEConfig
 from opensora.sampler import Clip, Sampler
 from opensora.sampling.requests import PromptError, clip_size, read_requests
-from opensora.sampling.stages import StageMeter
 from opensora.text.tiny import build_tiny_text_encoder
 from opensora.vae import VideoVAE
 from opensora.video import write_mp4

@@ -97,6 +97,16 @@ def test_a_frozen_spatial_vae_stays_as_it_was(folder: Path, tmp_path: Path):
     assert not all(torch.equal(before[k], after[k]) for k in before if k.startswith("temporal_vae."))
 
 
+def test_a_frozen_encoder_keeps_its_latents(folder: Path, tmp_path: Path):
+    config = vae_config(folder, tmp_path)
+    run = replace(config.run, steps=2, dtype="fp32")
+    result = train_small("vae", folder, tmp_path, initial_vae=str(folder / "vae"), freeze_encoder=True, run=run)
+    before, after = (load_file(path / "model.safetensors") for path in (folder / "vae", result.model / "vae"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".decoder." in name or ".post_quant_conv." in name for name in changed)
+
+
 @pytest.mark.parametrize(("mixed", "lengths"), [("none", {5}), ("image", {1, 5}), ("random", {1, 2, 3, 4, 5})])
 def test_mixed_lengths_come_from_inside_the_clip(folder: Path, mixed: str, lengths: set[int]):
     torch.manual_seed(0)
