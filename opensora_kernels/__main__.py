@@ -48,7 +48,9 @@ def hazards() -> list[str]:
             " use torch 2.8 or >= 2.10"
         )
     if major_minor < (2, 10):
-        found.append(f"torch {torch.__version__} is older than 2.10, the oldest version the compiled libraries load into")
+        found.append(
+            f"torch {torch.__version__} is older than 2.10, the oldest version the compiled libraries load into"
+        )
     if torch.cuda.is_available() and not torch.backends.cudnn.is_available():
         found.append("cuDNN is not available: 3-D convolutions fall back to a slow path with much more memory")
     return found
@@ -64,7 +66,8 @@ def _devices() -> str:
 
 def _parts() -> list[tuple[str, str]]:
     parts = [(f"{name} library", _extension.why_not_loaded(name) or "loaded") for name in ("cpu", "cuda")]
-    parts.append(("triton kernels", _triton.why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu")) or "run"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts.append(("triton kernels", _triton.why_not(device) or "run"))
     for name in _OPTIONAL:
         try:
             parts.append((name, importlib.metadata.version(name)))
