@@ -150,6 +150,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW, its schedule, and the averaged copy of the weights.
+
+    The rate rises over `warmup_steps` and then stays, or falls on a cosine to `final_lr_ratio` of itself at the last
+    step. `grad_clip` is the largest global norm of the gradient; 0 clips nothing.
+    """
+
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-15

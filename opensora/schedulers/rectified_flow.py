@@ -19,6 +19,8 @@ from opensora_kernels import guided_euler_step
 Noise = Callable[[Tensor], Tensor]
 StepCallback = Callable[[int, int, Tensor], None]
 SIZE_ARGUMENTS = ("height", "width", "num_frames")
+# Ten steps for each training timestep; a slip of the finger should not fill the memory with a list of times.
+MAX_STEPS = 10_000
 
 
 class RectifiedFlow:
@@ -93,8 +95,10 @@ class RectifiedFlow:
         self, batch: int, arguments: Mapping[str, Any], num_sampling_steps: int | None = None
     ) -> Tensor:
         """Timesteps of every step and sample, (I, B) fp32 on the CPU, descending. transform_scale plays no part here
-        (upstream)."""
+        (upstream). Raises ValueError for no steps, or for more than anybody can mean."""
         count = num_sampling_steps or self.config.num_sampling_steps
+        if not 1 <= count <= MAX_STEPS:
+            raise ValueError(f"num_sampling_steps: must be from 1 to {MAX_STEPS}, got {count}")
         times = [(1.0 - i / count) * self.config.num_timesteps for i in range(count)]
         if self.config.use_discrete_timesteps:
             times = [float(round(t)) for t in times]

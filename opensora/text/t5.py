@@ -59,8 +59,11 @@ class TextEncoder(nn.Module):
         is_folder = Path(path).is_dir() or str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
         if is_folder and not (Path(path) / "config.json").is_file():
             raise ValueError(f"text encoder: folder must hold config.json, safetensors and tokenizer files, got {path}")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = T5EncoderModel.from_pretrained(path, dtype=dtype).eval()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = T5EncoderModel.from_pretrained(path, dtype=dtype).eval()
+        except (ValueError, OSError) as error:  # transformers' own text does not say which folder
+            raise type(error)(f"text encoder: {path} must hold a T5 encoder and its tokenizer: {error}") from error
         return cls(model.to(device) if device is not None else model, tokenizer, model_max_length=model_max_length)
 
     def save_pretrained(self, folder: str | Path) -> None:

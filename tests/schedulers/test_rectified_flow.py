@@ -173,3 +173,10 @@ def test_training_draws_repeat_with_their_generator():
         for _ in range(2)
     ]
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("num_steps", [-1, 10_001, 10**12])
+def test_a_number_of_steps_that_nobody_can_mean_is_refused(num_steps: int):
+    flow = RectifiedFlow(RectifiedFlowConfig(num_sampling_steps=num_steps, use_timestep_transform=False))
+    with pytest.raises(ValueError, match=f"num_sampling_steps: must be from 1 to 10000, got {num_steps}"):
+        flow.sampling_timesteps(1, {})
