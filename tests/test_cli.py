@@ -236,7 +236,15 @@ def test_wrong_training_input_is_one_line(capsys, tmp_path, monkeypatch, argumen
 def test_control_c_keeps_finished_clips_and_leaves_no_half_written_ones(models, tmp_path):
     command = [sys.executable, "-m", "opensora", "sample", *models, "--num-sampling-steps", "50", "--num-sample", "99"]
     command += ["--prompt", "a red circle", "--save-dir", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # a shell starts its background jobs with SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*.mp4")) and time.monotonic() < deadline:
         time.sleep(0.05)
