@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora.checkpoints import load_model, save_model
 from opensora.config import TrainVAEConfig, VideoVAEConfig
@@ -18,6 +18,7 @@ from opensora.data.loader import make_loader
 from opensora.parallel import ParallelContext
 from opensora.training import DTYPES, Job, LoaderBatches, TrainingResult, prepare_process, run_job
 from opensora.vae import VAELoss, VideoVAE
+from opensora.vae.initialization import initialize_for_training
 from opensora.video import to_uint8, write_contact_sheet
 
 NUM_SAMPLE_CLIPS = 4
@@ -54,8 +55,7 @@ def run_train_vae(
 def _build(config: TrainVAEConfig, device: torch.device) -> VideoVAE:
     if config.initial_vae is None:
         vae = VideoVAE(config.vae)
-        for quant_conv in (vae.spatial_vae.module.quant_conv, vae.temporal_vae.quant_conv.conv):
-            nn.init.constant_(quant_conv.bias.chunk(2)[1], config.initial_log_variance)
+        initialize_for_training(vae, log_variance=config.initial_log_variance)
     else:
         vae = load_model(config.initial_vae, VideoVAE, VideoVAEConfig, dtype=torch.float32)
     if config.freeze_spatial:
