@@ -24,7 +24,7 @@ from opensora.config import RectifiedFlowConfig, SampleConfig, STDiT3Config, Vid
 from opensora.data.reading import probe, read_frames
 from opensora.data.transforms import transform_frames
 from opensora.models.stdit3 import STDiT3
-from opensora.parallel import resolve_device
+from opensora.parallel import DTYPES, resolve_device
 from opensora.sampling.requests import ClipSize, PromptError, Request, clip_size, read_requests
 from opensora.sampling.stages import StageCost, StageMeter
 from opensora.schedulers.rectified_flow import RectifiedFlow
@@ -32,7 +32,6 @@ from opensora.text.t5 import TextEncoder
 from opensora.vae import VideoVAE
 from opensora.video import to_uint8, write_video
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXTS_AT_ONCE = 8
 
 OnProgress = Callable[[str, int, int], None]

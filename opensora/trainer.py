@@ -24,14 +24,13 @@ from opensora.config import TrainConfig, VideoVAEConfig
 from opensora.data.datasets import ClipDataset
 from opensora.data.loader import make_loader
 from opensora.models.stdit3 import STDiT3
-from opensora.parallel import ParallelContext
+from opensora.parallel import DTYPES, ParallelContext
 from opensora.sampler import Sampler
 from opensora.schedulers.rectified_flow import RectifiedFlow
 from opensora.text.cleaning import clean_caption
 from opensora.text.t5 import TextEncoder
 from opensora.text.tiny import build_tiny_text_encoder
 from opensora.training import (
-    DTYPES,
     Batches,
     Job,
     LoaderBatches,

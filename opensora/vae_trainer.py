@@ -15,8 +15,8 @@ from opensora.checkpoints import load_model, save_model
 from opensora.config import TrainVAEConfig, VideoVAEConfig
 from opensora.data.datasets import ClipDataset
 from opensora.data.loader import make_loader
-from opensora.parallel import ParallelContext
-from opensora.training import DTYPES, Job, LoaderBatches, TrainingResult, prepare_process, run_job
+from opensora.parallel import DTYPES, ParallelContext
+from opensora.training import Job, LoaderBatches, TrainingResult, prepare_process, run_job
 from opensora.vae import VAELoss, VideoVAE
 from opensora.vae.initialization import initialize_for_training
 from opensora.video import to_uint8, write_contact_sheet
@@ -94,12 +94,11 @@ class _VAETask:
         return losses.total, terms
 
     def export(self, folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        if self.config.freeze_encoder:
-            save_model(folder / "vae", states["vae"], self.vae.config)
-            return
-        mean_C, std_C = self._latent_statistics()
-        state = dict(states["vae"]) | {"shift": mean_C.view(1, -1, 1, 1, 1), "scale": std_C.view(1, -1, 1, 1, 1)}
-        config = replace(self.vae.config, shift=tuple(mean_C.tolist()), scale=tuple(std_C.tolist()))
+        state, config = dict(states["vae"]), self.vae.config
+        if not self.config.freeze_encoder:
+            mean_C, std_C = self._latent_statistics()
+            state |= {"shift": mean_C.view(1, -1, 1, 1, 1), "scale": std_C.view(1, -1, 1, 1, 1)}
+            config = replace(config, shift=tuple(mean_C.tolist()), scale=tuple(std_C.tolist()))
         save_model(folder / "vae", state, config)
 
     def sample(self, folder: Path, step: int) -> dict[str, float]:

@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from opensora.config import OptimizerConfig, RunConfig
-from opensora.parallel import ParallelContext
+from opensora.parallel import DTYPES, ParallelContext
 from opensora.training.checkpoint import Checkpoints, random_state, replace_folder, set_random_state
 from opensora.training.ema import EMA
 from opensora.training.optimizer import build_optimizer, learning_rate
 from opensora.training.records import Records
 from opensora.training.weights import TrainedWeights
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Batches(Protocol):
