@@ -1,12 +1,28 @@
-"""Whether Triton kernels can run, asked lazily; importing the package never imports Triton."""
+"""The one door to Triton: whether its kernels can run, an operator's kernels as a backend, and launching a kernel.
+
+Importing the package never imports Triton; `ops/<op>/triton_kernel.py`, which does, is imported at the first call.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils import _pytree as pytree
+
+from . import backends
+from .backends import Implementation
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -27,3 +43,89 @@ def why_not(device: torch.device) -> str | None:
     if device.type == "cuda" or is_interpreted():
         return None
     return f"Triton needs a CUDA tensor, got one on {device.type} (TRITON_INTERPRET=1 runs kernels on the CPU)"
+
+
+def register(
+    op: str,
+    *,
+    why_not: Callable[..., str | None] | None = None,
+    why_slower: Callable[..., str | None] | None = None,
+    saved_like: Callable[..., list[Tensor]] | None = None,
+) -> None:
+    """Make `forward` and `backward` of `opensora_kernels.ops.<op>.triton_kernel` the Triton backend of `op`.
+
+    forward(*values): the operator's result for its flat arguments; with `saved_like`, a list of the result and of what
+    the backward pass needs. backward(grads, wanted, saved, *values): one gradient or None for each of `values`; those
+    with False in `wanted` are not needed. `why_not`, `why_slower`, `saved_like`: see `Implementation`.
+    """
+
+    def kernels() -> ModuleType:
+        return importlib.import_module(f"opensora_kernels.ops.{op}.triton_kernel")
+
+    def forward(*values: Any) -> Any:
+        return kernels().forward(*values)
+
+    def backward(*values: Any) -> Any:
+        return kernels().backward(*values)
+
+    def reason(*values: Any) -> str | None:
+        return _why_not_these(values) or (None if why_not is None else why_not(*values))
+
+    backends.register(
+        op, "triton", Implementation(forward, backward, reason, why_slower=why_slower, saved_like=saved_like)
+    )
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run `kernel` on `grid` programs; constants and num_warps, num_stages are `options`. Does nothing for no programs.
+
+    Traced tensors get a node that torch.compile's code generator can see into; meta tensors get nothing.
+    """
+    if 0 in grid:
+        return
+    if _on_launch is not None:
+        _on_launch(kernel, grid, arguments, options)
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if tensors[0].is_meta:
+        return
+    if any(isinstance(tensor, FunctionalTensor) for tensor in tensors):
+        torch.library.wrap_triton(kernel)[grid](*arguments, **options)
+    elif tensors[0].is_cuda:
+        with torch.cuda.device(tensors[0].device):
+            kernel[grid](*arguments, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def recorded_launches(on_launch: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]) -> Iterator:
+    """Tell `on_launch` of every launch meanwhile: kernel, grid, arguments, options."""
+    global _on_launch
+    previous, _on_launch = _on_launch, on_launch
+    try:
+        yield
+    finally:
+        _on_launch = previous
+
+
+def rows(x: Tensor) -> Tensor:
+    """x (*, C) as (R, C): a view where the leading axes allow one, else a contiguous copy."""
+    return x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """x with its elements side by side, for small tensors that a kernel reads without strides."""
+    return None if x is None else x.contiguous()
+
+
+def _why_not_these(values: tuple[Any, ...]) -> str | None:
+    tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    if (reason := why_not(tensors[0].device)) is not None:
+        return reason
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
+            return f"Triton kernels compute in fp32, got a tensor of {tensor.dtype}"
+    return None
+
+
+_on_launch: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None] | None = None

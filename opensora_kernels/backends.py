@@ -1,7 +1,7 @@
 """Which implementation runs an operator: register, choose, use, explain.
 
 Every operator has a `reference` in plain PyTorch and may have others. `choose` takes the first one, in the order of the
-tensor's device, whose `why_not` gives no reason against it. `use` and the environment variable
+tensor's device, whose `why_not` and `why_slower` give no reason against it. `use` and the environment variable
 `OPENSORA_KERNELS_BACKEND` ("triton", or "causal_conv3d=cuda,attention=library") change the order or give an order.
 """
 
@@ -34,12 +34,17 @@ class Implementation:
 
     A plain implementation is ordinary PyTorch: autograd, `torch.compile` and `torch_npu` see through it. The others run
     inside the registered operator and may bring `backward`; without one, gradients recompute the reference.
+    why_not: why it can't serve these arguments. why_slower: why another is thought faster for them, so that it runs
+    only for those who ask for it. saved_like: empty tensors like those that `forward` returns, in a list after the
+    result, for `backward`; its operator must be registered with `saves`.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
     why_not: Callable[..., str | None] | None = None
     is_plain: bool = False
+    why_slower: Callable[..., str | None] | None = None
+    saved_like: Callable[..., list[Tensor]] | None = None
 
 
 class BackendError(RuntimeError):
@@ -88,10 +93,13 @@ def choose(op: str, *arguments: Any) -> str:
         if _reason(op, demanded, arguments) is not None:
             raise BackendError(_refusal(op, demanded, arguments))
         return demanded
-    order = _ORDER.get(_device_type(arguments), _DEFAULT_ORDER)
     preferred = _overrides.get(_EVERY_OP)
-    for backend in order if preferred is None else (preferred, *order):
-        if backend in candidates and _reason(op, backend, arguments) is None:
+    if preferred in candidates and _reason(op, preferred, arguments) is None:
+        return preferred
+    for backend in _ORDER.get(_device_type(arguments), _DEFAULT_ORDER):
+        if backend not in candidates or _reason(op, backend, arguments) is not None:
+            continue
+        if _reason_to_pass_over(op, backend, arguments) is None:
             return backend
     raise BackendError(_refusal(op, "any backend", arguments))
 
@@ -112,10 +120,13 @@ def explain(op: str, *arguments: Any, **options: Any) -> dict[str, str]:
         chosen = choose(op, *flat)
     except BackendError:
         chosen = None  # the sentence of the backend that was ordered says why
-    return {
-        backend: "chosen" if backend == chosen else reason or "available"
-        for backend, reason in _reasons(op, flat).items()
-    }
+    shown = {}
+    for backend, reason in _reasons(op, flat).items():
+        available = "available"
+        if reason is None and (slower := _reason_to_pass_over(op, backend, flat)) is not None:
+            available = f"available, but {slower}"
+        shown[backend] = "chosen" if backend == chosen else reason or available
+    return shown
 
 
 def flat_arguments(op: str, *arguments: Any, **options: Any) -> tuple[Any, ...]:
@@ -203,6 +214,11 @@ def _reason(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
     if candidate is None:
         return f"{op} has no {backend} implementation"
     return None if candidate.why_not is None else candidate.why_not(*arguments)
+
+
+def _reason_to_pass_over(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
+    why_slower = _implementations[op][backend].why_slower
+    return None if why_slower is None else why_slower(*arguments)
 
 
 def _reasons(op: str, arguments: tuple[Any, ...]) -> dict[str, str | None]:

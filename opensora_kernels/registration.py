@@ -2,7 +2,8 @@
 
 A registered operator `opensora_kernels::<op>` takes the public function's arguments, flattened to what a schema can
 hold, and the backend's name last, so that forward and backward agree, also under torch.compile and in autograd's
-threads.
+threads. A backend's own backward pass is an operator too, `opensora_kernels::<op>_backward`. torch.compile sees the
+Triton kernels inside either.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils import _pytree as pytree
 
 from . import backends
@@ -19,54 +21,134 @@ from .backends import Implementation
 
 _NAMESPACE = "opensora_kernels"
 _library = torch.library.Library(_NAMESPACE, "DEF")
+_saving: set[str] = set()
+_casting: dict[str, list[int]] = {}
 
 
-def register_op(op: str, schema: str, reference: Callable[..., Any]) -> None:
+def register_op(
+    op: str, schema: str, reference: Callable[..., Any], *, saves: bool = False, casts: tuple[str, ...] = ()
+) -> None:
     """Define `opensora_kernels::<op>` and make `reference` its plain implementation.
 
     `schema` is the argument list and result without the trailing `str backend`, e.g. "(Tensor x, float eps) -> Tensor".
     `reference` takes the same arguments in the same order. It also serves as the shape rule: every other
     implementation returns tensors of the reference's shapes, dtypes and strides, aliasing none of the inputs.
+    `saves`: the registered operator returns a list, the one result and what a backend keeps for its backward pass.
+    `casts`: arguments that autocast brings to its dtype, as it does for PyTorch's own convolutions and matrix products.
     """
     arguments, result = schema.rsplit(" -> ", 1)
-    _library.define(f"{op}{arguments[:-1]}, str backend) -> {result}")
+    _library.define(f"{op}{arguments[:-1]}, str backend) -> {'Tensor[]' if saves else result}")
+    _library.define(
+        f"{op}_backward(Tensor?[] grads, bool[] wanted, Tensor[] saved, {arguments[1:-1]}, str backend) -> Tensor[]"
+    )
     backends.register(op, "reference", Implementation(reference, is_plain=True))
+    if saves:
+        _saving.add(op)
+    names = [argument.split()[1] for argument in arguments[1:-1].split(", ")]
+    _casting[op] = [names.index(name) for name in casts]
 
     def run(*inputs: Any) -> Any:
         *values, backend = inputs
-        return backends.implementation(op, backend).forward(*values)
+        chosen = backends.implementation(op, backend)
+        result = chosen.forward(*values)
+        return [result] if saves and chosen.saved_like is None else result
 
     def shape_rule(*inputs: Any) -> Any:
-        return reference(*inputs[:-1])
+        *values, backend = inputs
+        result = reference(*values)
+        saved_like = backends.implementation(op, backend).saved_like
+        return [result, *(saved_like(*values) if saved_like else ())] if saves else result
+
+    def run_backward(grads: list[Tensor | None], wanted: list[bool], saved: list[Tensor], *inputs: Any) -> list[Tensor]:
+        *values, backend = inputs
+        found = backends.implementation(op, backend).backward(grads, wanted, saved, *values)
+        needed = [pair for pair, is_wanted in zip(zip(found, values, strict=True), wanted, strict=True) if is_wanted]
+        leaves = [pytree.tree_leaves(trees) for trees in zip(*needed, strict=True)] if needed else [[], []]
+        return [_like(gradient, value) for gradient, value in zip(*leaves, strict=True)]
+
+    def shape_rule_backward(grads: Any, wanted: list[bool], saved: Any, *inputs: Any) -> list[Tensor]:
+        needed = [value for value, is_wanted in zip(inputs[:-1], wanted, strict=True) if is_wanted]
+        return [torch.empty_like(value) for value in pytree.tree_leaves(needed)]
 
     def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         leaves, ctx.structure = pytree.tree_flatten(inputs)
         ctx.tensor_positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        saved = list(output[1:]) if saves else []
+        ctx.num_saved = len(saved)
+        ctx.save_for_backward(*saved, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        leaves = list(ctx.others)
-        for position, tensor in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
+        tensors = list(ctx.saved_tensors)
+        saved, leaves = tensors[: ctx.num_saved], list(ctx.others)
+        for position, tensor in zip(ctx.tensor_positions, tensors[ctx.num_saved :], strict=True):
             leaves[position] = tensor
         *values, backend = pytree.tree_unflatten(leaves, ctx.structure)
-        differentiate = backends.implementation(op, backend).backward
-        if differentiate is None:
-            return (*_recompute(reference, values, grads), None)
-        return (*differentiate(grads, *values), None)
+        # torch.library hands the gradients of a list of outputs in one list
+        flat_grads = list(grads[0]) if len(grads) == 1 and isinstance(grads[0], (list, tuple)) else list(grads)
+        if backends.implementation(op, backend).backward is None:
+            return (*_recompute(reference, values, flat_grads[:1] if saves else flat_grads), None)
+        wanted = [any(pytree.tree_leaves(needed)) for needed in ctx.needs_input_grad[:-1]]
+        run_op = getattr(torch.ops.opensora_kernels, f"{op}_backward")
+        found = iter(run_op(flat_grads[:1] if saves else flat_grads, wanted, saved, *values, backend))
+        gradients = (
+            pytree.tree_map(lambda _: next(found), value) if is_wanted else None
+            for value, is_wanted in zip(values, wanted, strict=True)
+        )
+        return (*gradients, None)
 
-    torch.library.impl(f"{_NAMESPACE}::{op}", "CompositeExplicitAutograd", run, lib=_library)
-    torch.library.register_fake(f"{_NAMESPACE}::{op}", shape_rule, lib=_library)
+    _implement(op, run, shape_rule)
+    _implement(f"{op}_backward", run_backward, shape_rule_backward)
     torch.library.register_autograd(f"{_NAMESPACE}::{op}", backward, setup_context=save_inputs, lib=_library)
 
 
 def call(op: str, *arguments: Any) -> Any:
     """Run `op` on the backend chosen for these arguments; plain implementations are called directly."""
-    backend = backends.choose(op, *arguments)
+    cast = _cast_for_autocast(op, arguments) if _casting[op] else arguments
+    backend = backends.choose(op, *cast)
     chosen = backends.implementation(op, backend)
     if chosen.is_plain:
-        return chosen.forward(*arguments)
-    return getattr(torch.ops.opensora_kernels, op)(*arguments, backend)
+        return chosen.forward(*arguments)  # autocast sees into it
+    result = getattr(torch.ops.opensora_kernels, op)(*cast, backend)
+    return result[0] if op in _saving else result
+
+
+def _implement(name: str, run: Callable[..., Any], shape_rule: Callable[..., Any]) -> None:
+    qualified = f"{_NAMESPACE}::{name}"
+
+    def decompose(mode: FunctionalTensorMode, operator: Any, types: Any, inputs: Any, options: Any) -> Any:
+        """What `torch.library.triton_op` does: a tracer gets the kernels instead of the operator around them."""
+        if inputs[-1] != "triton" or not _is_on_cuda(inputs):
+            return mode.__torch_dispatch__(operator, types, inputs, options)
+        with mode:
+            return run(*inputs)
+
+    torch.library.impl(qualified, "CompositeExplicitAutograd", run, lib=_library)
+    torch.library.register_fake(qualified, shape_rule, lib=_library)
+    torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, decompose, lib=_library)
+
+
+def _is_on_cuda(inputs: Any) -> bool:
+    return any(leaf.is_cuda for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+
+
+def _like(gradient: Tensor, value: Tensor) -> Tensor:
+    """`gradient` with the strides that `torch.empty_like(value)` has, as the shape rule promises."""
+    if gradient.is_contiguous() and value.is_contiguous():
+        return gradient
+    if gradient.stride() == torch.empty_like(value, device="meta").stride():
+        return gradient
+    return torch.empty_like(value).copy_(gradient)
+
+
+def _cast_for_autocast(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    values = list(arguments)
+    for index in _casting[op]:
+        if isinstance(values[index], Tensor):
+            device_type = values[index].device.type
+            if torch.is_autocast_enabled(device_type):
+                values[index] = values[index].to(torch.get_autocast_dtype(device_type))
+    return tuple(values)
 
 
 def _recompute(reference: Callable[..., Any], values: list[Any], grads: tuple[Any, ...]) -> tuple[Any, ...]:

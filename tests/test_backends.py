@@ -115,10 +115,10 @@ def test_unknown_names_are_refused_and_change_nothing():
 
 def test_explain_takes_the_arguments_of_the_public_function():
     q = torch.ones(2, 40, 4, 8)
-    assert explain("attention", q, q, q) == {"library": "chosen", "reference": "available"}
+    assert _told("attention", q, q, q) == {"library": "chosen", "reference": "available"}
     assert explain("attention", q, k=q, v=q, scale=1.0)["library"] == "chosen"
     empty = q[:0]
-    assert explain("attention", empty, empty, empty) == {
+    assert _told("attention", empty, empty, empty) == {
         "library": "scaled_dot_product_attention has no gradient for empty tensors",
         "reference": "chosen",
     }
@@ -129,11 +129,25 @@ def test_explain_takes_the_arguments_of_the_public_function():
 def test_explain_says_why_what_was_asked_for_is_not_there():
     q = torch.ones(2, 40, 4, 8)
     with use(attention="cuda"):
-        told = explain("attention", q, q, q)
+        told = _told("attention", q, q, q)
     missing = "attention has no cuda implementation"
     assert told == {"cuda": missing, "library": "available", "reference": "available"}
-    with use("triton"):
-        assert explain("rms_norm", q) == {"triton": "rms_norm has no triton implementation", "reference": "chosen"}
+    with use("npu"):
+        assert _told("rms_norm", q) == {"npu": "rms_norm has no npu implementation", "reference": "chosen"}
+
+
+def _told(op: str, *arguments: Any) -> dict[str, str]:
+    """What `explain` says of all backends but Triton, which depends on the machine."""
+    return {backend: told for backend, told in explain(op, *arguments).items() if backend != "triton"}
+
+
+def test_a_slower_backend_serves_only_those_who_ask(toy: str):
+    backends.register(toy, "cpu", Implementation(torch.clone, why_slower=lambda x: "the library is measured faster"))
+    assert choose(toy, ON_CPU) == "library"
+    with use("cpu"):
+        assert choose(toy, ON_CPU) == "cpu"
+    with use(toy="cpu"):
+        assert choose(toy, ON_CPU) == "cpu"
 
 
 def test_explain_computes_nothing(toy: str, monkeypatch: pytest.MonkeyPatch):
@@ -143,7 +157,7 @@ def test_explain_computes_nothing(toy: str, monkeypatch: pytest.MonkeyPatch):
     for op in ("attention", "rms_norm"):
         table = {name: Implementation(fail, is_plain=True) for name in backends.backends_of(op)}
         monkeypatch.setitem(backends._implementations, op, table)
-    assert explain("rms_norm", ON_CPU) == {"reference": "chosen"}
+    assert _told("rms_norm", ON_CPU) == {"reference": "chosen"}
     with pytest.raises(AssertionError):
         rms_norm(ON_CPU)
 
@@ -151,9 +165,13 @@ def test_explain_computes_nothing(toy: str, monkeypatch: pytest.MonkeyPatch):
 def test_backward_runs_on_the_backend_of_forward_also_in_another_thread(monkeypatch: pytest.MonkeyPatch):
     ran = []
 
-    def backward(grads: tuple[Tensor], x: Tensor, factors: list[int]) -> tuple[Tensor, None]:
+    def backward(
+        grads: list[Tensor], wanted: list[bool], saved: list[Tensor], x: Tensor, factors: list[int]
+    ) -> list[Tensor | None]:
+        assert wanted == [True, False]
+        assert saved == []
         ran.append("cpu")
-        return grads[0] * factors[0], None
+        return [grads[0] * factors[0], None]
 
     def double(x: Tensor, factors: list[int]) -> Tensor:
         return x * factors[0]

@@ -30,7 +30,8 @@ from opensora.config import (
 
 ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
 DATA = "data/tiny"
-LATENT_CHANNELS = 8
+FRAME_CHANNELS = 8
+LATENT_CHANNELS = 16
 
 
 def preset() -> Preset:
@@ -78,16 +79,16 @@ def vae() -> VideoVAEConfig:
             up_block_types=("UpDecoderBlock2D",) * 3,
             block_out_channels=(16, 32, 64),
             layers_per_block=1,
-            latent_channels=LATENT_CHANNELS,
+            latent_channels=FRAME_CHANNELS,
             norm_num_groups=4,
             sample_size=64,
             scaling_factor=1.0,
         ),
         temporal=TemporalVAEConfig(
-            in_out_channels=LATENT_CHANNELS,
+            in_out_channels=FRAME_CHANNELS,
             latent_embed_dim=LATENT_CHANNELS,
             embed_dim=LATENT_CHANNELS,
-            filters=16,
+            filters=32,
             num_res_blocks=1,
             channel_multipliers=(1, 2, 2, 2),
             num_groups=4,

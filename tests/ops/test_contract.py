@@ -22,7 +22,6 @@ from tests.ops.contract import (
     gradients,
     leaves_with_grad,
     public,
-    small_cases,
     strided_copy,
 )
 
@@ -96,14 +95,18 @@ def test_reference_gradients_match_finite_differences(op: str):
     assert torch.autograd.gradcheck(function, tuple(leaves), fast_mode=True)
 
 
-@pytest.mark.parametrize(("op", "case"), small_cases())
-def test_registered_operator_passes_opcheck(op: str, case: Case):
+@pytest.mark.parametrize(("op", "backend", "case"), backend_cases())
+def test_registered_operator_passes_opcheck(op: str, backend: str, case: Case):
+    if backend != "reference" and backends.implementation(op, backend).is_plain:
+        pytest.skip("a plain implementation never runs inside the registered operator")
     arguments, _ = leaves_with_grad(draw(case, torch.float32))
+    with ordered(op, backend, arguments):
+        flat = backends.flat_arguments(op, **arguments)
     operator = getattr(torch.ops.opensora_kernels, op).default
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if case.name in TRACED_CASES:
         checks.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(operator, (*backends.flat_arguments(op, **arguments), "reference"), test_utils=checks)
+    torch.library.opcheck(operator, (*flat, backend), test_utils=checks)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,0 +1,243 @@
+"""Compiles every Triton kernel for every target without a GPU, and tables what the compilers report.
+
+python -m tests.ahead_of_time [--op OP] [--targets sm_90 gfx942] [--output table.md]
+
+Launches are recorded on meta tensors, with the shapes of the releases and in bf16, forward and backward; each kernel is
+then compiled once per target, signature and constants. A spill fails, and so does a matrix kernel without wgmma on
+sm_90. This process must not have TRITON_INTERPRET set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import opensora_kernels
+from opensora_kernels import _triton, backends
+from opensora_kernels.cases import Case, Maker
+from tests.ops.contract import OPS, cases_of
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.bool: "i1",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+_COMPILER_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way in which a kernel is called: what decides its machine code."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]  # by 16: pointers and whole numbers that the compiler may vectorise by
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
+
+    @property
+    def has_matrix_product(self) -> bool:
+        return "tl.dot(" in self.kernel.src
+
+
+@dataclass(frozen=True)
+class Report:
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    num_wgmma: int
+
+
+def launches(op: str, case: Case) -> list[Launch]:
+    """The different launches of one call and of its backward pass, in bf16."""
+    found: dict[Launch, None] = {}
+    with _triton.recorded_launches(lambda *launch: found.setdefault(_described(*launch))):
+        _run_on_meta(op, case)
+    return list(found)
+
+
+def compile_for(launch: Launch, target: GPUTarget) -> Report:
+    """Down to machine code. Raises what the compiler raises."""
+    names = launch.kernel.arg_names
+    constants = {(names.index(name),): value for name, value in launch.constants}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
+    source = ASTSource(launch.kernel, dict(launch.signature), constants, attributes)
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    if target.backend == "hip":
+        return _report_of_amd(compiled)
+    return _report_of_nvidia(compiled, target.arch)
+
+
+def rows_of(ops: list[str], targets: list[str]) -> Iterator[tuple[str, str, str, Launch, Report | str]]:
+    """(operator, first case, target, launch, report or the compiler's complaint) of each different launch."""
+    for op in ops:
+        seen: set[Launch] = set()
+        for case in cases_of(op):
+            if not case.is_large:
+                continue
+            for launch in launches(op, case):
+                if launch in seen:
+                    continue
+                seen.add(launch)
+                for target in targets:
+                    try:
+                        yield op, case.name, target, launch, compile_for(launch, TARGETS[target])
+                    except Exception as error:
+                        yield op, case.name, target, launch, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def fault(target: str, launch: Launch, report: Report | str) -> str | None:
+    """What fails the build, as a sentence."""
+    if isinstance(report, str):
+        return report
+    if report.spilled_bytes:
+        return f"spills {report.spilled_bytes} bytes"
+    if target == "sm_90" and launch.has_matrix_product and "fp32" not in dict(launch.signature).get("q_ptr", ""):
+        return None if report.num_wgmma else "has no wgmma"
+    return None
+
+
+def _run_on_meta(op: str, case: Case) -> None:
+    def to_meta(leaf: Any) -> Any:
+        return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+    arguments = pytree.tree_map(to_meta, case.make(_MetaMaker(dtype=torch.bfloat16)))
+    flat = backends.flat_arguments(op, **arguments)
+    leaves = [leaf for leaf in pytree.tree_leaves(flat) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    chosen = backends.implementation(op, "triton")
+    with torch.no_grad():
+        results = [leaf for leaf in pytree.tree_leaves(chosen.forward(*flat)) if isinstance(leaf, Tensor)]
+        saved_like = chosen.saved_like
+        saved = results[1:] if saved_like else []
+        grads = [torch.empty_like(out) for out in (results[:1] if saved_like else results)]
+        wanted = [
+            any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(value))
+            for value in flat
+        ]
+        chosen.backward(grads, wanted, saved, *flat)
+
+
+class _MetaMaker(Maker):
+    """Draws nothing: shapes on the meta device."""
+
+    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def mask(self, *shape: int, probability: float = 0.5) -> Tensor:
+        return torch.empty(shape, dtype=torch.bool, device="meta")
+
+
+def _described(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    compiler_options = tuple((name, given.pop(name)) for name in _COMPILER_OPTIONS if name in given)
+    constant_names = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    signature, constants, divisible = [], [], []
+    for name in kernel.arg_names:
+        value = given[name]
+        if name in constant_names or value is None or (type(value) is int and value == 1):
+            signature.append((name, "constexpr"))
+            constants.append((name, value))
+        elif isinstance(value, Tensor):
+            signature.append((name, f"*{_TYPES[value.dtype]}"))
+            divisible.append(name)
+        elif isinstance(value, (bool, float)):
+            signature.append((name, "i1" if isinstance(value, bool) else "fp32"))
+        else:
+            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            divisible += [name] if value % 16 == 0 else []
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), compiler_options)
+
+
+def _report_of_nvidia(compiled: Any, arch: int) -> Report:
+    """What ptxas says of the same PTX: Triton keeps no record of it where no device loads the code."""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+        command = [str(ptxas), "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = [int(size) for size in re.findall(r"(\d+) bytes spill", log)]
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    return Report(registers, sum(spills), compiled.metadata.shared, len(re.findall(r"wgmma\.mma_async", ptx)))
+
+
+def _report_of_amd(compiled: Any) -> Report:
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
+    return Report(number("vgpr_count"), 4 * number("vgpr_spill_count"), compiled.metadata.shared, num_wgmma=0)
+
+
+def _show(write: Callable[[str], None], ops: list[str], targets: list[str]) -> int:
+    num_faults = 0
+    write(f"triton {triton.__version__}, opensora_kernels {opensora_kernels.__version__}; bf16, shapes of the releases")
+    write("\n| op | kernel | constants | target | registers | spilled | shared | wgmma | |")
+    write("|---|---|---|---|---|---|---|---|---|")
+    for op, _, target, launch, report in rows_of(ops, targets):
+        problem = fault(target, launch, report)
+        num_faults += problem is not None
+        figures = ("",) * 4 if isinstance(report, str) else vars(report).values()
+        cells = (op, launch.name, _shown(launch), target, *figures, problem or "")
+        write(f"| {' | '.join(map(str, cells))} |")
+    return num_faults
+
+
+def _shown(launch: Launch) -> str:
+    """The constants that a tuner may change or that switch code on."""
+    named = [(name, value) for name, value in (*launch.constants, *launch.options) if name.isupper() or "num_w" in name]
+    return " ".join(f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in named)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", choices=OPS)
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if _triton.is_interpreted():
+        parser.error("TRITON_INTERPRET must not be set: interpreted kernels can't be compiled")
+    lines: list[str] = []
+
+    def write(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    ops = options.op or [op for op in OPS if "triton" in backends.backends_of(op)]
+    num_faults = _show(write, ops, options.targets)
+    print(f"{num_faults} faults")
+    if options.output:
+        options.output.write_text("\n".join(lines) + "\n")
+    return min(num_faults, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
