@@ -86,10 +86,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if _on_launch is not None:
         _on_launch(kernel, grid, arguments, options)
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if tensors[0].is_meta:
-        return
     if any(isinstance(tensor, FunctionalTensor) for tensor in tensors):
         torch.library.wrap_triton(kernel)[grid](*arguments, **options)
+    elif tensors[0].is_meta:
+        return
     elif tensors[0].is_cuda:
         with torch.cuda.device(tensors[0].device):
             kernel[grid](*arguments, **options)

@@ -17,6 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils import _pytree as pytree
 
 from . import backends
+from ._triton import is_interpreted
 from .backends import Implementation
 
 _NAMESPACE = "opensora_kernels"
@@ -118,7 +119,7 @@ def _implement(name: str, run: Callable[..., Any], shape_rule: Callable[..., Any
 
     def decompose(mode: FunctionalTensorMode, operator: Any, types: Any, inputs: Any, options: Any) -> Any:
         """What `torch.library.triton_op` does: a tracer gets the kernels instead of the operator around them."""
-        if inputs[-1] != "triton" or not _is_on_cuda(inputs):
+        if inputs[-1] != "triton" or is_interpreted():
             return mode.__torch_dispatch__(operator, types, inputs, options)
         with mode:
             return run(*inputs)
@@ -126,10 +127,6 @@ def _implement(name: str, run: Callable[..., Any], shape_rule: Callable[..., Any
     torch.library.impl(qualified, "CompositeExplicitAutograd", run, lib=_library)
     torch.library.register_fake(qualified, shape_rule, lib=_library)
     torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, decompose, lib=_library)
-
-
-def _is_on_cuda(inputs: Any) -> bool:
-    return any(leaf.is_cuda for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
 
 
 def _like(gradient: Tensor, value: Tensor) -> Tensor:
