@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 import sys
@@ -9,6 +10,7 @@ import sys
 import torch
 
 from . import __version__, _extension, _triton, backends
+from .cases import Maker
 
 _OPTIONAL = ("triton", "flash-attn", "apex", "diffusers", "torch-npu")
 
@@ -23,6 +25,9 @@ def main() -> int:
     print("\nBackends, in the order in which they are tried; the first that can serve a call runs it")
     for line in backend_table():
         print(f"  {line}")
+    print(f"\nHere, in bf16 on {_device()}: what each backend says to a small call")
+    for line in small_calls():
+        print(f"  {line}")
     print("\nKnown hazards")
     for hazard in hazards() or ["none found"]:
         print(f"  {hazard}")
@@ -35,6 +40,17 @@ def backend_table() -> list[str]:
     for op in backends.ops():
         columns = [" > ".join(backends.order_of(op, device)) for device in ("cuda", "npu", "cpu")]
         lines.append(f"{op:<22}{columns[0]:<30}{columns[1]:<16}{columns[2]}")
+    return lines
+
+
+def small_calls() -> list[str]:
+    """For every operator, and every backend that could run its first case: chosen, available, or the reason why not."""
+    lines = []
+    for op in backends.ops():
+        case = importlib.import_module(f"{__package__}.ops.{op}.cases").CASES[0]
+        told = backends.explain(op, **case.make(Maker(dtype=torch.bfloat16, device=str(_device()))))
+        for index, (backend, verdict) in enumerate(told.items()):
+            lines.append(f"{op if index == 0 else '':<22}{backend:<11}{verdict}")
     return lines
 
 
@@ -56,6 +72,10 @@ def hazards() -> list[str]:
     return found
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _devices() -> str:
     if torch.cuda.is_available():
         return ", ".join(
@@ -66,8 +86,7 @@ def _devices() -> str:
 
 def _parts() -> list[tuple[str, str]]:
     parts = [(f"{name} library", _extension.why_not_loaded(name) or "loaded") for name in ("cpu", "cuda")]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parts.append(("triton kernels", _triton.why_not(device) or "run"))
+    parts.append(("triton kernels", _triton.why_not(_device()) or "run"))
     for name in _OPTIONAL:
         try:
             parts.append((name, importlib.metadata.version(name)))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from opensora_kernels.__main__ import backend_table
+from opensora_kernels import backends
+from opensora_kernels.__main__ import backend_table, small_calls
 from tests.ops.contract import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,12 @@ def test_doctor_reports_every_operator_and_succeeds():
         assert f"  {op} " in report
     for part in ("cpu library", "cuda library", "triton kernels", "Known hazards"):
         assert part in report
+
+
+def test_doctor_says_of_every_backend_whether_it_runs_here():
+    told = small_calls()
+    assert len(told) == sum(len(backends.backends_of(op)) for op in OPS)
+    assert sum("chosen" in line for line in told) == len(OPS)
 
 
 def test_doctor_lists_backends_in_the_order_of_each_device():
