@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +84,19 @@ def strided_copy(tensor: Tensor) -> Tensor:
         return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
     swapped = tensor.transpose(-1, -2).contiguous()
     return torch.stack([swapped, torch.zeros_like(swapped)], -1)[..., 0].transpose(-1, -2)
+
+
+def far_apart(tensor: Tensor, axis: int, folder: Path) -> Tensor:
+    """The same values with `axis`, and all before it, so wide in memory that the last lies beyond 2^31 elements.
+
+    In a file with holes: only the pages that hold values take memory.
+    """
+    inner = tensor.shape[axis:][1:].numel()
+    num_steps = tensor.numel() // inner if inner else 0
+    if tensor.dim() < 2 or num_steps < 2 or not tensor.is_floating_point():
+        return tensor
+    wide = 2**31 // (num_steps - 1) + 64
+    path = folder / f"{len(list(folder.iterdir()))}.bin"
+    storage = torch.from_file(str(path), shared=True, size=wide * num_steps, dtype=tensor.dtype)
+    far = storage.view(num_steps, wide)[:, :inner].unflatten(0, tensor.shape[:axis] + tensor.shape[axis:][:1])
+    return far.unflatten(-1, tensor.shape[axis:][1:]).copy_(tensor)

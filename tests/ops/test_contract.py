@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.ops.contract import (
     cases_of,
     draw,
     errors_of,
+    far_apart,
     gradients,
     leaves_with_grad,
     public,
@@ -132,6 +134,18 @@ def test_strides_do_not_change_the_result(op: str, backend: str, case: Case):
     with use(**{op: "reference"}):
         truth = public(op)(**draw(case, torch.float64))
     assert_accurate(actual, expected, truth, f"strided {op}")
+
+
+@pytest.mark.parametrize("axis", [0, -2])
+@pytest.mark.parametrize("op", [op for op in OPS if "triton" in backends.backends_of(op)])
+def test_offsets_beyond_two_billion_elements_are_reached(op: str, axis: int, tmp_path: Path):
+    arguments = draw(cases_of(op)[0], torch.bfloat16)
+    torch.use_deterministic_algorithms(False)  # nobody fills these 4 GB
+    far = pytree.tree_map(lambda leaf: far_apart(leaf, axis, tmp_path) if isinstance(leaf, Tensor) else leaf, arguments)
+    with ordered(op, "triton", arguments):
+        expected, actual = public(op)(**arguments), public(op)(**far)
+    for have, want in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(have, want)
 
 
 @pytest.mark.parametrize(("op", "backend", "case"), backend_cases())
