@@ -191,7 +191,8 @@ class TrainConfig:
     """`opensora train`: a diffusion transformer on encoded clips, with frame masks of the given probabilities.
 
     `text_encoder` "" makes a small one from the captions, to be trained with `train_text_encoder`. `cache_latents`
-    encodes every clip once, to its posterior mean. `sample` is how `sample_prompts` are sampled every
+    encodes every clip once, to its posterior mean. `image_ratio` is the share of batches cut to the first frame of each
+    clip, which a causal VAE encodes by itself: still images from clips of one length. `sample` is how `sample_prompts` are sampled every
     `run.sample_every` steps.
     """
 
@@ -206,6 +207,7 @@ class TrainConfig:
     initial_transformer: str | None = None
     train_text_encoder: bool = False
     cache_latents: bool = False
+    image_ratio: float = 0.0
     sample_prompts: tuple[str, ...] = ()
     sample: SampleConfig = field(default_factory=SampleConfig)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from opensora.checkpoints import load_model, load_weights, save_model
 from opensora.conditioning.masks import MaskGenerator
 from opensora.config import TrainConfig, VideoVAEConfig
-from opensora.data.datasets import ClipDataset
+from opensora.data.datasets import IMAGE_FPS, ClipDataset
 from opensora.data.loader import make_loader
 from opensora.models.stdit3 import STDiT3
 from opensora.parallel import DTYPES, ParallelContext
@@ -52,6 +52,8 @@ def run_train(config: TrainConfig, *, resume: bool = False, context: ParallelCon
     model/transformer/ there (and model/text_encoder/ when that is trained too) hold averaged weights.
     Errors: ValueError for a configuration that cannot train; see `run_job` for those met on the way.
     """
+    if not 0 <= config.image_ratio <= 1:
+        raise ValueError(f"train: image_ratio must lie in [0, 1], got {config.image_ratio}")
     if config.cache_latents and config.data.buckets:
         raise ValueError("train: cache_latents needs clips of one size, got data.buckets; set one of them only")
     context = context or ParallelContext.single_process(config.run.device)
@@ -76,6 +78,15 @@ def run_train(config: TrainConfig, *, resume: bool = False, context: ParallelCon
         text.to(dtype).requires_grad_(False).eval()
     job = Job(modules, batches, task.loss, task.export, config, task.sample if config.sample_prompts else None)
     return run_job(job, config.optimizer, config.run, context, resume=resume)
+
+
+def as_images(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of a batch of clips of which only the first frame is left."""
+    return {
+        **batch,
+        "num_frames": torch.ones_like(batch["num_frames"]),
+        "fps": torch.full_like(batch["fps"], IMAGE_FPS),
+    }
 
 
 def _text_encoder(config: TrainConfig, captions: list[str]) -> TextEncoder:
@@ -119,6 +130,8 @@ class _FlowTask:
 
     def loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         x0_BCTHW = self._latents(batch)
+        if self.config.image_ratio and float(torch.rand(())) < self.config.image_ratio:
+            x0_BCTHW, batch = x0_BCTHW[:, :, :1], as_images(batch)
         y, mask_BL = self._embed(batch["text"])
         arguments = {name: batch[name].to(self.context.device) for name in SIZES} | {"y": y, "mask": mask_BL}
         frame_mask = None

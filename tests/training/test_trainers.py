@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from opensora import trainer, vae_trainer
 from opensora.checkpoints import load_model, save_model
 from opensora.config import DataConfig, STDiT3Config, VAELossConfig, VideoVAEConfig
-from opensora.data.datasets import ClipDataset
+from opensora.data.datasets import IMAGE_FPS, ClipDataset
 from opensora.data.manifest import read_manifest
 from opensora.data.shapes import generate
 from opensora.models import STDiT3
+from opensora.schedulers.rectified_flow import RectifiedFlow
 from opensora.text.t5 import TextEncoder
 from opensora.training.records import read_losses
 from opensora.vae import VideoVAE
@@ -221,3 +222,21 @@ def test_configurations_that_cannot_train_are_refused(
 ):
     with pytest.raises(ValueError, match=message):
         train_small(kind, folder, tmp_path, **changes)
+
+
+def test_image_ratio_cuts_batches_to_their_first_frame(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    whole = RectifiedFlow.training_losses
+
+    def record(self: RectifiedFlow, model: STDiT3, x0: torch.Tensor, arguments: dict, **options: object):
+        seen.append((x0.shape[2], set(arguments["num_frames"].tolist()), set(arguments["fps"].tolist())))
+        return whole(self, model, x0, arguments, **options)
+
+    monkeypatch.setattr(RectifiedFlow, "training_losses", record)
+    train_small("flow", folder, tmp_path / "images", image_ratio=1.0)
+    assert all(clip == (1, {1}, {IMAGE_FPS}) for clip in seen)
+    seen.clear()
+    train_small("flow", folder, tmp_path / "both", image_ratio=0.5)
+    assert {num_frames for num_frames, _, _ in seen} == {1, 2}
+    with pytest.raises(ValueError, match=r"train: image_ratio must lie in \[0, 1\], got 1.5"):
+        train_small("flow", folder, tmp_path / "refused", image_ratio=1.5)
