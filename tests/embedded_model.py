@@ -22,7 +22,14 @@ from opensora.data.tiny_dataset import make_tiny_dataset
 from opensora.presets.tiny import ASSETS
 from opensora.sampler import Sampler
 from opensora.vae import VideoVAE
-from opensora.video import to_uint8
+from opensora.video import to_uint8, write_contact_sheet
+
+SHEET_PROMPTS = (
+    "a red circle moving left",
+    "a blue square moving down",
+    "a green triangle moving right",
+    "a yellow circle moving up",
+)
 
 # Training clips are drawn from their own seeds; no noise of training starts from these.
 FIRST_SEED = 10_000
@@ -66,7 +73,7 @@ def reconstruction_psnr(vae: VideoVAE, manifest: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--record", action="store_true", help="write the figures to quality.json beside the model")
+    parser.add_argument("--record", action="store_true", help="write quality.json and sheet.png beside the model")
     options = parser.parse_args()
     sampler = Sampler.from_preset("tiny")
     outcomes = list(follow_prompts(sampler, options.pairs))
@@ -85,6 +92,8 @@ def main() -> None:
     print(json.dumps(figures, indent=1))
     if options.record:
         (ASSETS / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
+        clips = sampler.sample(list(SHEET_PROMPTS), seed=FIRST_SEED)
+        write_contact_sheet(ASSETS / "sheet.png", [clip.frames for clip in clips])
 
 
 if __name__ == "__main__":
