@@ -192,8 +192,8 @@ class TrainConfig:
 
     `text_encoder` "" makes a small one from the captions, to be trained with `train_text_encoder`. `cache_latents`
     encodes every clip once, to its posterior mean. `image_ratio` is the share of batches cut to the first frame of each
-    clip, which a causal VAE encodes by itself: still images from clips of one length. `sample` is how `sample_prompts` are sampled every
-    `run.sample_every` steps.
+    clip, which a causal VAE encodes by itself: still images from clips of one length. `sample` is how `sample_prompts`
+    are sampled every `run.sample_every` steps.
     """
 
     transformer: STDiT3Config = field(default_factory=STDiT3Config)

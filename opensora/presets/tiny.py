@@ -166,7 +166,7 @@ def training() -> TrainConfig:
         optimizer=OptimizerConfig(
             lr=1e-3, eps=1e-8, warmup_steps=200, decay="cosine", final_lr_ratio=0.02, ema_decay=0.998
         ),
-        run=RunConfig(output="outputs/tiny", steps=5000, checkpoint_every=250, sample_every=500),
+        run=RunConfig(output="outputs/tiny", steps=6000, checkpoint_every=250, sample_every=500),
         mask_ratios={
             "random": 0.02,
             "quarter_head": 0.01,
