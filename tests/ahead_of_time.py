@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for every target without a GPU, and tables what the compilers report.
 
-python -m tests.ahead_of_time [--op OP] [--targets sm_90 gfx942] [--output table.md]
+python -m tests.ahead_of_time [--op OP] [--targets sm_90 gfx942] [--first] [--jobs N] [--output table.md]
 
 Launches are recorded on meta tensors, with the shapes of the releases and in bf16, forward and backward; each kernel is
 then compiled once per target, signature and constants. A spill fails, and so does a matrix kernel without wgmma on
@@ -14,8 +14,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,14 @@ class Launch:
         return self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
 
     @property
+    def shown(self) -> str:
+        """The constants that a tuner may change or that switch code on."""
+        values = [
+            (name, value) for name, value in (*self.constants, *self.options) if name.isupper() or "num_w" in name
+        ]
+        return " ".join(f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in values)
+
+    @property
     def has_matrix_product(self) -> bool:
         return "tl.dot(" in self.kernel.src
 
@@ -91,22 +101,26 @@ def compile_for(launch: Launch, target: GPUTarget) -> Report:
     return _report_of_nvidia(compiled, target.arch)
 
 
-def rows_of(ops: list[str], targets: list[str]) -> Iterator[tuple[str, str, str, Launch, Report | str]]:
-    """(operator, first case, target, launch, report or the compiler's complaint) of each different launch."""
-    for op in ops:
-        seen: set[Launch] = set()
-        for case in cases_of(op):
-            if not case.is_large:
-                continue
-            for launch in launches(op, case):
-                if launch in seen:
-                    continue
-                seen.add(launch)
-                for target in targets:
-                    try:
-                        yield op, case.name, target, launch, compile_for(launch, TARGETS[target])
-                    except Exception as error:
-                        yield op, case.name, target, launch, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+def different_launches(op: str, *, only_first: bool = False) -> list[Launch]:
+    """Those of the large cases of `op`, or of the first of them, without repetition."""
+    cases = [case for case in cases_of(op) if case.is_large]
+    return list(dict.fromkeys(launch for case in cases[: 1 if only_first else None] for launch in launches(op, case)))
+
+
+def table_rows(op: str, only_first: bool, targets: list[str]) -> list[tuple[str, bool]]:
+    """Rows of the table for one operator, and which of them are faults."""
+    rows = []
+    for launch in different_launches(op, only_first=only_first):
+        for target in targets:
+            try:
+                report: Report | str = compile_for(launch, TARGETS[target])
+            except Exception as error:  # every kind of compiler error is a row of the table
+                report = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            problem = fault(target, launch, report)
+            figures = ("",) * 4 if isinstance(report, str) else vars(report).values()
+            cells = (op, launch.name, launch.shown, target, *figures, problem or "")
+            rows.append((f"| {' | '.join(map(str, cells))} |", problem is not None))
+    return rows
 
 
 def fault(target: str, launch: Launch, report: Report | str) -> str | None:
@@ -115,8 +129,8 @@ def fault(target: str, launch: Launch, report: Report | str) -> str | None:
         return report
     if report.spilled_bytes:
         return f"spills {report.spilled_bytes} bytes"
-    if target == "sm_90" and launch.has_matrix_product and "fp32" not in dict(launch.signature).get("q_ptr", ""):
-        return None if report.num_wgmma else "has no wgmma"
+    if target == "sm_90" and launch.has_matrix_product and not report.num_wgmma:
+        return "has no wgmma"
     return None
 
 
@@ -197,43 +211,31 @@ def _report_of_amd(compiled: Any) -> Report:
     return Report(number("vgpr_count"), 4 * number("vgpr_spill_count"), compiled.metadata.shared, num_wgmma=0)
 
 
-def _show(write: Callable[[str], None], ops: list[str], targets: list[str]) -> int:
-    num_faults = 0
-    write(f"triton {triton.__version__}, opensora_kernels {opensora_kernels.__version__}; bf16, shapes of the releases")
-    write("\n| op | kernel | constants | target | registers | spilled | shared | wgmma | |")
-    write("|---|---|---|---|---|---|---|---|---|")
-    for op, _, target, launch, report in rows_of(ops, targets):
-        problem = fault(target, launch, report)
-        num_faults += problem is not None
-        figures = ("",) * 4 if isinstance(report, str) else vars(report).values()
-        cells = (op, launch.name, _shown(launch), target, *figures, problem or "")
-        write(f"| {' | '.join(map(str, cells))} |")
-    return num_faults
-
-
-def _shown(launch: Launch) -> str:
-    """The constants that a tuner may change or that switch code on."""
-    named = [(name, value) for name, value in (*launch.constants, *launch.options) if name.isupper() or "num_w" in name]
-    return " ".join(f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in named)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", choices=OPS)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--first", action="store_true", help="only the first large case of each operator")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if _triton.is_interpreted():
         parser.error("TRITON_INTERPRET must not be set: interpreted kernels can't be compiled")
-    lines: list[str] = []
-
-    def write(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
+    lines = [
+        f"triton {triton.__version__}, opensora_kernels {opensora_kernels.__version__}; bf16, shapes of the releases\n",
+        "| op | kernel | constants | target | registers | spilled bytes | shared bytes | wgmma | fault |",
+        "|---|---|---|---|--:|--:|--:|--:|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    num_faults = 0
     ops = options.op or [op for op in OPS if "triton" in backends.backends_of(op)]
-    num_faults = _show(write, ops, options.targets)
-    print(f"{num_faults} faults")
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for rows in pool.map(table_rows, ops, repeat(options.first), repeat(options.targets)):
+            for line, is_fault in rows:
+                lines.append(line)
+                print(line, flush=True)
+                num_faults += is_fault
+    print(f"{len(lines) - 3} kernels compiled, {num_faults} faults")
     if options.output:
         options.output.write_text("\n".join(lines) + "\n")
     return min(num_faults, 1)
