@@ -8,8 +8,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+from opensora_kernels import _triton
+
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, by the first operator that wants it
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+if _triton.is_interpreted() and _triton.why_not_installed() is None:
+    from tests.interpreter import repair
+
+    repair()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
