@@ -10,10 +10,12 @@ from .ops.gate_residual import gate_residual
 from .ops.group_norm_silu import group_norm_silu
 from .ops.guided_euler_step import guided_euler_step
 from .ops.modulate import modulate
+from .ops.pack_shards import pack_shards
 from .ops.qk_norm_attention import qk_norm_attention
 from .ops.qk_norm_rope import qk_norm_rope
 from .ops.rms_norm import rms_norm
 from .ops.rms_norm_silu import rms_norm_silu
+from .ops.unpack_shards import unpack_shards
 from .ops.upsample_conv3d import upsample_conv3d
 
 __all__ = [
@@ -28,10 +30,12 @@ __all__ = [
     "group_norm_silu",
     "guided_euler_step",
     "modulate",
+    "pack_shards",
     "qk_norm_attention",
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_silu",
+    "unpack_shards",
     "upsample_conv3d",
     "use",
 ]
