@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -111,6 +113,21 @@ def recorded_launches(on_launch: Callable[[Any, tuple[int, ...], tuple[Any, ...]
 def rows(x: Tensor) -> Tensor:
     """x (*, C) as (R, C): a view where the leading axes allow one, else a contiguous copy."""
     return x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+
+
+def planes(x: Tensor, memory_format: torch.memory_format, *, per_frame: bool = False) -> Tensor:
+    """x (B, C, T, H, W) as (B, C, T, P), P positions of a frame, or, unless `per_frame`, (B, C, 1, T * H * W).
+
+    A view where the positions lie evenly spaced and, in `memory_format`, either they or the channels side by side, as
+    in a run of frames of a longer clip; else of a copy in that format.
+    """
+    first = 3 if per_frame else 2
+    inner = [axis for axis in range(first, 5) if x.shape[axis] != 1]
+    is_even = all(x.stride(left) == x.stride(right) * x.shape[right] for left, right in pairwise(inner))
+    last = 1 if memory_format is torch.channels_last_3d else inner[-1] if inner else None
+    if not is_even or (last is not None and x.stride(last) != 1):
+        x = x.contiguous(memory_format=memory_format)
+    return x.view(*x.shape[:2], x.shape[2] if per_frame else 1, math.prod(x.shape[first:]))
 
 
 def dense(x: Tensor | None) -> Tensor | None:

@@ -100,10 +100,15 @@ def frame_statistics(x: Tensor) -> Tensor:
     return torch.stack([mean, (wide - mean[..., None, None]).square().sum((3, 4))], -1)
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last if x (B, C, T, H, W) has its channels side by side, else contiguous."""
+    has_channels_last = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+    return torch.channels_last_3d if has_channels_last else torch.contiguous_format
+
+
 def like(x: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` dense in memory in x's order of axes: channels last if x's channels are, else contiguous."""
-    has_channels_last = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
-    return tensor.contiguous(memory_format=torch.channels_last_3d if has_channels_last else torch.contiguous_format)
+    return tensor.contiguous(memory_format=memory_format(x))
 
 
 def _group_norm_from(
