@@ -68,6 +68,8 @@ def group_norm(
     """GroupNorm of x (B, C, T, H, W), statistics in fp32, rounded once."""
     if statistics is not None:
         return _group_norm_from(statistics, x, num_groups, weight, bias, eps, per_frame)
+    if torch.is_grad_enabled() and x.device.type == "cpu":
+        x, weight = _clear_of_faults(x, weight, bias)
     if not per_frame:
         # torch.group_norm, not F.group_norm: the latter refuses groups of one element
         return torch.group_norm(x, num_groups, weight, bias, eps)
@@ -109,6 +111,15 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def like(x: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` dense in memory in x's order of axes: channels last if x's channels are, else contiguous."""
     return tensor.contiguous(memory_format=memory_format(x))
+
+
+def _clear_of_faults(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The same numbers in a form whose gradients torch.group_norm (2.13, CPU) finds: it crashes for the parameters of a
+    channels-last x that wants no gradient itself, and raises RuntimeError for a bias without a weight."""
+    if weight is None and bias is not None and bias.requires_grad:
+        weight = torch.ones_like(bias)
+    has_gradient = any(parameter is not None and parameter.requires_grad for parameter in (weight, bias))
+    return x.contiguous() if has_gradient and not x.requires_grad else x, weight
 
 
 def _group_norm_from(

@@ -77,3 +77,18 @@ def test_channels_last_goes_in_and_comes_out(per_frame: bool, has_statistics: bo
     assert out.is_contiguous(memory_format=torch.channels_last_3d)
     image = x[:, :, 0].contiguous(memory_format=torch.channels_last)
     assert group_norm_silu(image, 2).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize("has_weight", [False, True])
+def test_parameters_of_a_frozen_input_get_gradients(per_frame: bool, has_weight: bool):
+    x = drawn(2, 4, 3, 5, 6)
+    weight = drawn(4, seed=1).requires_grad_() if has_weight else None
+    bias = drawn(4, seed=2).requires_grad_()
+    parameters = [bias, weight] if has_weight else [bias]
+    of_format = []
+    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+        out = group_norm_silu(x.contiguous(memory_format=memory_format), 2, weight, bias, per_frame=per_frame)
+        assert out.is_contiguous(memory_format=memory_format)
+        of_format.append(torch.autograd.grad(out.sum(), parameters))
+    torch.testing.assert_close(*of_format)
