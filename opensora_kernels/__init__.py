@@ -17,6 +17,7 @@ from .ops.rms_norm import rms_norm
 from .ops.rms_norm_silu import rms_norm_silu
 from .ops.unpack_shards import unpack_shards
 from .ops.upsample_conv3d import upsample_conv3d
+from .sequence_parallel import gather_sequence, sequence_all_to_all, split_sequence, ulysses_attention
 
 __all__ = [
     "BackendError",
@@ -27,6 +28,7 @@ __all__ = [
     "causal_conv3d",
     "explain",
     "gate_residual",
+    "gather_sequence",
     "group_norm_silu",
     "guided_euler_step",
     "modulate",
@@ -35,6 +37,9 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_silu",
+    "sequence_all_to_all",
+    "split_sequence",
+    "ulysses_attention",
     "unpack_shards",
     "upsample_conv3d",
     "use",

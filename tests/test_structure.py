@@ -38,6 +38,9 @@ EXCEPTIONS = {("opensora/data/tiny_dataset.py", "video")}
 OP_PARTS = {"__init__.py", "reference.py", "cases.py"}
 OTHER_OP_PARTS = {f"{backend}.py" for backend in ("library", "cpu", "triton_kernel", "cuda_kernel", "npu")}
 ROOT_FILES_OF_A_REFERENCE = {"norms", "causal_padding", "shards"}
+# Folders of opensora_kernels that join operators, which root files may not: they are exported like operators, but have
+# no backends of their own. sequence_parallel: attention between ranks is packing, an exchange and attention.
+KERNEL_ROOMS = {"sequence_parallel"}
 ONLY_ELSEWHERE = {"complex64", "complex128", "float64", "double", "cuda", "view_as_complex"}
 READ_ENVIRONMENT = {"opensora_kernels/backends.py", "opensora_kernels/_triton.py"}
 
@@ -100,13 +103,16 @@ def _fault_of_kernel_import(path: str, target: str) -> str | None:
         return None if is_allowed else f"imports {target}, but a reference may import only {allowed}"
     if package != "opensora_kernels" or file == "__main__.py":
         return None
-    is_in_op = folders[:1] == ["ops"]
+    room = folders[0] if folders else None
+    is_export = room is None and file == "__init__.py"
+    if names[0] in KERNEL_ROOMS:
+        return None if is_export or room == names[0] else f"imports {target}, but operators know no room"
     if names[0] != "ops":
         is_root_file = (ROOT / "opensora_kernels" / f"{names[0]}.py").exists() or names[0] == "__version__"
         return None if is_root_file else f"imports {target}: name the file that defines it"
-    if not is_in_op:
-        return None if file == "__init__.py" else f"imports {target}, but root files know no operator"
-    is_of_this_op = names[1] == folders[1]
+    if room not in {"ops", *KERNEL_ROOMS}:
+        return None if is_export else f"imports {target}, but root files know no operator"
+    is_of_this_op = room == "ops" and names[1] == folders[1]
     is_public = len(names) == 3 and not (ROOT / "/".join(("opensora_kernels", *names))).with_suffix(".py").exists()
     if is_of_this_op or (is_public and not names[2].startswith("_")):
         return None
@@ -139,6 +145,10 @@ def test_every_import_keeps_to_the_rules():
         ("opensora_kernels/ops/modulate/__init__.py", "from opensora_kernels.ops.rms_norm import reference"),
         ("opensora_kernels/ops/modulate/__init__.py", "from ..rms_norm.reference import rms_norm"),
         ("opensora_kernels/ops/modulate/__init__.py", "from opensora_kernels import rms_norm"),
+        ("opensora_kernels/ops/modulate/__init__.py", "from opensora_kernels.sequence_parallel import gather_sequence"),
+        ("opensora_kernels/checks.py", "from opensora_kernels.sequence_parallel import gather_sequence"),
+        ("opensora_kernels/sequence_parallel/attention.py", "from opensora_kernels.ops.attention import reference"),
+        ("opensora_kernels/sequence_parallel/attention.py", "from opensora_kernels import attention"),
         ("opensora_kernels/ops/modulate/reference.py", "from opensora_kernels.checks import check_float"),
         ("opensora_kernels/ops/modulate/reference.py", "from opensora_kernels.ops.rms_norm import rms_norm"),
         ("opensora_kernels/ops/modulate/reference.py", "import einops"),

@@ -1,0 +1,7 @@
+"""Sequence parallelism: the tokens of one sample spread over ranks, exchanged where attention needs all of them."""
+
+from .all_to_all import sequence_all_to_all
+from .attention import ulysses_attention
+from .split_gather import gather_sequence, split_sequence
+
+__all__ = ["gather_sequence", "sequence_all_to_all", "split_sequence", "ulysses_attention"]
