@@ -194,7 +194,7 @@ def test_training_options_change_single_fields_of_a_preset(trained, tmp_path, ca
     arguments += ["--optimizer.lr", "0.002", "--data.image-size", "[32, 48]", "--mask-ratios", '{"image_head": 0.3}']
     assert main([*arguments, "-o", "there", "--train-text-encoder", "no"]) == 0
     config, resume = trained[0]
-    default = presets.get("tiny").training["default"]
+    default = presets.get("tiny").training["uniform"]
     assert resume
     assert (config.optimizer.lr, config.optimizer.ema_decay, config.run.steps) == (0.002, 0.5, 11)
     assert (config.data.image_size, config.mask_ratios) == ((32, 48), {"image_head": 0.3})
@@ -219,7 +219,7 @@ def test_a_stopped_training_says_how_to_go_on(trained, capsys):
     ("arguments", "message"),
     [
         (["train", "--preset", "huge"], "preset: must be one of"),
-        (["train", "--stage", "stage9"], "stage: preset tiny has default, got 'stage9'"),
+        (["train", "--stage", "stage9"], "stage: preset tiny has uniform, shifted, got 'stage9'"),
         (["train", "--optimizer.lr", "fast"], 'option "optimizer.lr"'),
         (["train", "--optimizer.decay", "linear"], "linear"),
         (["train", "--data.image-size", "[64]"], "data.image_size"),
