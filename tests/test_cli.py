@@ -219,7 +219,7 @@ def test_a_stopped_training_says_how_to_go_on(trained, capsys):
     ("arguments", "message"),
     [
         (["train", "--preset", "huge"], "preset: must be one of"),
-        (["train", "--stage", "stage9"], "stage: preset tiny has uniform, shifted, got 'stage9'"),
+        (["train", "--stage", "stage9"], "stage: preset tiny has uniform, shifted, motion, got 'stage9'"),
         (["train", "--optimizer.lr", "fast"], 'option "optimizer.lr"'),
         (["train", "--optimizer.decay", "linear"], "linear"),
         (["train", "--data.image-size", "[64]"], "data.image_size"),

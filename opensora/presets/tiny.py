@@ -6,6 +6,7 @@ opensora train-vae --preset tiny --stage temporal
 opensora train-vae --preset tiny --stage clips
 opensora train --preset tiny --stage uniform
 opensora train --preset tiny --stage shifted
+opensora train --preset tiny --stage motion
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def preset() -> Preset:
         text_encoder=str(ASSETS / "text_encoder"),
         sample=sampling(),
         flow=flow(),
-        training={"uniform": training_uniform(), "shifted": training_shifted()},
+        training={"uniform": training_uniform(), "shifted": training_shifted(), "motion": training_motion()},
         vae_training={
             "spatial": vae_training_spatial(),
             "temporal": vae_training_temporal(),
@@ -68,12 +69,12 @@ def sampling() -> SampleConfig:
 
 
 def flow() -> RectifiedFlowConfig:
-    """Times shifted towards noise by a ratio of 6 for clips, where upstream's formula gives 64 x 64 pixels 0.28.
+    """Times shifted towards noise by a ratio of 30 for clips, where upstream's formula gives 64 x 64 pixels 0.28.
 
-    With 16 channels for each patch of 4 x 4 pixels, a shape shows through much noise: where it is and where it goes is
-    decided above t = 0.9, and of 30 uniform steps only 3 lie there.
+    With 16 channels for each patch of 4 x 4 pixels, a shape shows through much noise: below t = 0.95 all its places can
+    be seen, and the caption says nothing new about where it goes. Of 30 uniform steps, 2 lie above.
     """
-    return RectifiedFlowConfig(num_sampling_steps=30, cfg_scale=4.0, transform_scale=21.5)
+    return RectifiedFlowConfig(num_sampling_steps=30, cfg_scale=4.0, transform_scale=107.0)
 
 
 def vae() -> VideoVAEConfig:
@@ -198,14 +199,31 @@ def training_uniform() -> TrainConfig:
 
 
 def training_shifted() -> TrainConfig:
-    """At the times that decide about motion."""
+    """Towards noise, by a ratio of 6: shapes that stay one and in their place."""
     uniform = training_uniform()
     return replace(
         uniform,
-        flow=flow(),
-        run=replace(uniform.run, output="outputs/tiny", steps=5000),
+        flow=replace(flow(), transform_scale=21.5),
+        run=replace(uniform.run, output="outputs/tiny-shifted", steps=2000),
         initial_transformer=f"{uniform.run.output}/model/transformer",
         text_encoder=f"{uniform.run.output}/model/text_encoder",
+    )
+
+
+def training_motion() -> TrainConfig:
+    """At the times that decide where a shape goes, and with the first frame given in three of ten clips.
+
+    Within 750 steps, the loss at t = 0.98 came to tell a caption from one with the opposite direction by 0.11; after
+    2000 steps of the stage before it told them by 0.001.
+    """
+    shifted = training_shifted()
+    return replace(
+        shifted,
+        flow=flow(),
+        mask_ratios={**shifted.mask_ratios, "image_head": 0.3},
+        run=replace(shifted.run, output="outputs/tiny", steps=3600),
+        initial_transformer=f"{shifted.run.output}/model/transformer",
+        text_encoder=f"{shifted.run.output}/model/text_encoder",
     )
 
 
