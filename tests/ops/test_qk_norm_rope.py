@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from opensora_kernels import qk_norm_rope
+from tests.ops.properties import DTYPES, LEADING, MEMORY, Numbers, assert_triton_is_accurate, heads, interpreted
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -106,3 +112,41 @@ def test_temporal_views_of_packed_qkv_give_contiguous_results():
     for x, have in zip((q, k), qk_norm_rope(q, k, cos=angles.cos(), sin=angles.sin()), strict=True):
         assert have.is_contiguous()
         torch.testing.assert_close(have, turned(x, angles, "interleaved"))
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    has_norm, has_rope = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    numbers = Numbers(draw(st.integers(0, 2**16)), draw(DTYPES))
+    num_tokens, num_heads = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    head_size = draw(st.sampled_from([2, 6, 18, 40] if has_rope else [1, 2, 7, 9, 18]))
+    q, k = heads(numbers, draw(MEMORY), 2, draw(LEADING), num_tokens, num_heads, head_size)
+    # eps 0.1: the gradient of a norm over few elements is a difference that cancels to nothing
+    options: dict[str, Any] = {"q": q, "k": k, "eps": 0.1, "norm_scope": draw(st.sampled_from(["head", "token"]))}
+    options["order"] = draw(st.sampled_from(["norm_rope", "rope_norm"]))
+    options["rope_layout"] = draw(st.sampled_from(["interleaved", "half"]))
+    if not has_rope:
+        options["k"] = k[..., : draw(st.integers(0, num_tokens)), :, :]
+    if has_norm:
+        dtype, num_weights = draw(DTYPES), head_size * (num_heads if options["norm_scope"] == "token" else 1)
+        options |= {name: numbers(num_weights, mean=1.0, dtype=dtype) for name in ("q_weight", "k_weight")}
+    if has_rope:
+        angles = angles_LF(num_tokens, head_size)
+        options |= {"cos": angles.cos().to(draw(DTYPES)), "sin": angles.sin().to(draw(DTYPES))}
+    return options
+
+
+@interpreted
+@given(calls(), st.data(), st.sampled_from([(1, 2), (2, 1), (2, 4), (8, 8)]), st.sampled_from([1, 3, 100]))
+def test_triton_is_as_accurate_as_pytorch(call: dict[str, Any], data: st.DataObject, block: tuple, most_programs: int):
+    from opensora_kernels import tuning
+    from opensora_kernels.ops.qk_norm_rope import triton_kernel
+
+    tensors = [name for name, value in call.items() if isinstance(value, Tensor)]
+    wanted = data.draw(st.lists(st.sampled_from(tensors), unique=True))
+    tile = {"BLOCK_L": block[0], "num_warps": 4} | ({"BLOCK_N": block[1]} if call["norm_scope"] == "head" else {})
+    with (
+        mock.patch.object(triton_kernel, "configuration", lambda op, key, default, device: default | tile),
+        mock.patch.object(tuning, "_MOST_ROW_PROGRAMS", most_programs),  # programs that take several tiles
+    ):
+        assert_triton_is_accurate("qk_norm_rope", call, wanted)

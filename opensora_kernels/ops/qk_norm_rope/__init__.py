@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from opensora_kernels import _triton
 from opensora_kernels.checks import check_choice, check_float, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
 
@@ -105,3 +106,4 @@ register_op(
     "str rope_layout, str norm_scope) -> (Tensor, Tensor)",
     reference.qk_norm_rope,
 )
+_triton.register("qk_norm_rope")
