@@ -27,7 +27,13 @@ _casting: dict[str, list[int]] = {}
 
 
 def register_op(
-    op: str, schema: str, reference: Callable[..., Any], *, saves: bool = False, casts: tuple[str, ...] = ()
+    op: str,
+    schema: str,
+    reference: Callable[..., Any],
+    *,
+    saves: bool = False,
+    keeps: Callable[..., bool] | None = None,
+    casts: tuple[str, ...] = (),
 ) -> None:
     """Define `opensora_kernels::<op>` and make `reference` its plain implementation.
 
@@ -35,6 +41,8 @@ def register_op(
     `reference` takes the same arguments in the same order. It also serves as the shape rule: every other
     implementation returns tensors of the reference's shapes, dtypes and strides, aliasing none of the inputs.
     `saves`: the registered operator returns a list, the one result and what a backend keeps for its backward pass.
+    `keeps`: for an operator of several results, whether those of a call are themselves kept for a backend's backward
+    pass, which gets them as `saved`.
     `casts`: arguments that autocast brings to its dtype, as it does for PyTorch's own convolutions and matrix products.
     """
     arguments, result = schema.rsplit(" -> ", 1)
@@ -76,6 +84,9 @@ def register_op(
         ctx.tensor_positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         saved = list(output[1:]) if saves else []
+        if keeps is not None and keeps(*inputs[:-1]):
+            saved = list(output)
+        ctx.set_materialize_grads(False)  # a result that nothing used has no gradient, not one of zeros
         ctx.num_saved = len(saved)
         ctx.save_for_backward(*saved, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
@@ -143,7 +154,7 @@ def _cast_for_autocast(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     for index in _casting[op]:
         if isinstance(values[index], Tensor):
             device_type = values[index].device.type
-            if torch.is_autocast_enabled(device_type):
+            if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
                 values[index] = values[index].to(torch.get_autocast_dtype(device_type))
     return tuple(values)
 
