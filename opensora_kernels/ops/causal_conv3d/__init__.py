@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opensora_kernels import _triton
 from opensora_kernels.causal_padding import (
     SpacePadding,
     TimePadding,
@@ -19,7 +20,7 @@ from opensora_kernels.checks import check_choice, check_float, check_same_device
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
 
-from . import reference
+from . import reference, triton_forms
 
 __all__ = ["causal_conv3d"]
 
@@ -136,4 +137,7 @@ register_op(
     "Tensor? norm_bias, int num_groups, float eps, bool per_frame, Tensor? statistics, str activation, "
     "Tensor? residual, bool return_state, bool return_statistics) -> Tensor[]",
     reference.causal_conv3d,
+    keeps=lambda *values: values[-1],  # the gradient of its statistics needs the result
+    casts=("x", "weight", "bias", "state", "residual"),
 )
+_triton.register("causal_conv3d", why_slower=triton_forms.why_slower)

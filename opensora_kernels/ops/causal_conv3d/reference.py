@@ -50,15 +50,20 @@ def causal_conv3d(
     results = [out]
     if return_state:
         num_frames_read = out.shape[2] * stride[0]
-        results.append(_frames_from(num_frames_read, hidden, time_pad, time_padding, state))
+        results.append(frames_from(num_frames_read, x, hidden, time_pad, time_padding, state))
     if return_statistics:
         results.append(frame_statistics(out))
     return results
 
 
-def _frames_from(start: int, hidden: Tensor, time_pad: int, time_padding: str, state: Tensor | None) -> Tensor:
-    """The frames that the next chunk still reads: those from `start` on, counted from the first padding frame."""
+def frames_from(
+    start: int, x: Tensor, hidden: Tensor, time_pad: int, time_padding: str, state: Tensor | None
+) -> Tensor:
+    """The frames that the next chunk still reads: those from `start` on, counted from the first padding frame.
+
+    `hidden` is x after norm and activation; the frames are in x's order of axes.
+    """
     num_front = time_pad if state is None else state.shape[2]
     if start >= num_front:
-        return like(hidden, hidden[:, :, start - num_front :].clone())
-    return like(hidden, pad_time(hidden, time_pad, time_padding, state)[:, :, start:].clone())
+        return like(x, hidden[:, :, start - num_front :].clone())
+    return like(x, pad_time(hidden, time_pad, time_padding, state)[:, :, start:].clone())
