@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from opensora_kernels import _triton
 from opensora_kernels.causal_padding import SpacePadding, TimePadding, resolve_space_pad, resolve_time_pad
 from opensora_kernels.checks import check_choice, check_float, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
@@ -91,3 +92,22 @@ register_op(
     "int[] space_pad, Tensor? mix_factor) -> Tensor",
     reference.upsample_conv3d,
 )
+
+
+def _why_not_triton(*values: Any) -> str | None:
+    x, mix_factor = values[0], values[-1]
+    if mix_factor is not None and mix_factor.dim() and mix_factor.dtype != x.dtype:
+        return f"the Triton kernels mix in x's dtype {x.dtype}, got a mix_factor of {mix_factor.dtype}"
+    return None
+
+
+def _why_slower_triton(*values: Any) -> str | None:
+    x, mode = values[0], values[3]
+    if x.dtype is torch.float32:
+        return "PyTorch's convolution of fp32 may use TF32, Triton's kernels multiply in fp32"
+    if mode == "linear_time":
+        return "twice the frames save no multiplication, and no measurement says that Triton's convolution is faster"
+    return None
+
+
+_triton.register("upsample_conv3d", why_not=_why_not_triton, why_slower=_why_slower_triton)
