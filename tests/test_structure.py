@@ -37,7 +37,7 @@ EXCEPTIONS = {("opensora/data/tiny_dataset.py", "video")}
 
 OP_PARTS = {"__init__.py", "reference.py", "cases.py"}
 OTHER_OP_PARTS = {f"{backend}.py" for backend in ("library", "cpu", "triton_kernel", "cuda_kernel", "npu")}
-ROOT_FILES_OF_A_REFERENCE = {"norms", "causal_padding", "shards"}
+ROOT_FILES_OF_A_REFERENCE = {"norms", "causal_padding", "modulation", "shards"}
 # Folders of opensora_kernels that join operators, which root files may not: they are exported like operators, but have
 # no backends of their own. sequence_parallel: attention between ranks is packing, an exchange and attention.
 KERNEL_ROOMS = {"sequence_parallel"}
