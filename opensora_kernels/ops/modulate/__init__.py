@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from opensora_kernels import _triton
 from opensora_kernels.checks import check_float, check_mask, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
 
@@ -27,9 +28,10 @@ def modulate(
 
     Shapes: x (B, L, C), any strides, tokens time-major: L = T*S for T frames of S tokens. shift, scale (B, C).
     frame_mask (B, T) booleans: frames with True take (shift, scale), the others (shift0, scale0), both (B, C). Without
-    a mask shift0 and scale0 are not allowed. Returns (B, L, C) in x's dtype.
+    a mask shift0 and scale0 are not allowed. Returns (B, L, C) in x's dtype, contiguous.
     Numbers: the LayerNorm takes its statistics in fp32 and is rounded to x's dtype; 1 + scale, the product and the sum
     are then each rounded to the promoted dtype of x and scale.
+    Gradients: those of frames that took one pair of tables never reach the other pair, even where they are infinite.
     Errors: TypeError for dtypes that are not floating-point, or a mask that is not boolean; ValueError for shapes or
     devices that do not fit, L not a multiple of T, or a mask without shift0 and scale0 (or the reverse).
     Source: Open-Sora v1.2.0, opensora/models/stdit/stdit3.py, STDiT3Block (t2i_modulate and t_mask_select).
@@ -61,3 +63,4 @@ register_op(
     "Tensor? scale0) -> Tensor",
     reference.modulate,
 )
+_triton.register("modulate")
