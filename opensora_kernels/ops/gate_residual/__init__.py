@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from opensora_kernels import _triton
 from opensora_kernels.checks import check_float, check_mask, check_same_device, check_shape
-from opensora_kernels.ops.modulate import modulate
 from opensora_kernels.registration import call, register_op
 
 from . import reference
@@ -26,14 +26,15 @@ def gate_residual(
     scale0: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x + gate * y; with shift and scale the pair (that sum, modulate(that sum, shift, scale)).
+    """x + gate * y; with shift and scale the pair (that sum, modulate(that sum, shift, scale)), made in one pass.
 
     Shapes: x, y (B, L, C), any strides, tokens time-major: L = T*S for T frames of S tokens. gate (B, C). frame_mask
     (B, T) booleans: frames with True take gate, the others gate0 (B, C); shift, scale, shift0, scale0 (B, C) and eps as
     in `modulate`, with the same mask. Returns (B, L, C) in x's dtype, or two of them.
     Numbers: the product and the sum are each rounded to the promoted dtype of their factors, the result to x's dtype.
     Errors: TypeError for dtypes that are not floating-point, or a mask that is not boolean; ValueError for shapes or
-    devices that do not fit, L not a multiple of T, a mask without gate0 (or the reverse), or shift without scale.
+    devices that do not fit, L not a multiple of T, a mask without gate0 (or the reverse), shift without scale, or shift
+    and a mask without shift0 and scale0 (or the reverse).
     Source: Open-Sora v1.2.0, opensora/models/stdit/stdit3.py, STDiT3Block (gates and t_mask_select).
     """
     op = "gate_residual"
@@ -41,7 +42,8 @@ def gate_residual(
     check_float(op, "y", y)
     check_shape(op, "x", x, (None, None, None), "(B, L, C)")
     check_shape(op, "y", y, x.shape, "that of x, (B, L, C)")
-    for name, table in (("gate", gate), ("gate0", gate0)):
+    tables = {"gate": gate, "gate0": gate0, "shift": shift, "scale": scale, "shift0": shift0, "scale0": scale0}
+    for name, table in tables.items():
         if table is not None:
             check_float(op, name, table)
             check_shape(op, name, table, (x.shape[0], x.shape[2]), "(B, C)")
@@ -56,15 +58,18 @@ def gate_residual(
         raise ValueError(f"{op}: frame_mask and gate0 must be given together, got only one")
     if (shift is None) != (scale is None):
         raise ValueError(f"{op}: shift and scale must be given together, got only one")
-    check_same_device(op, x=x, y=y, gate=gate, frame_mask=frame_mask, gate0=gate0)
-    out = call(op, x, y, gate, frame_mask, gate0)
-    if shift is None:
-        return out
-    return out, modulate(out, shift, scale, eps=eps, frame_mask=frame_mask, shift0=shift0, scale0=scale0)
+    has_choice = frame_mask is not None and shift is not None
+    if (shift0 is not None) != has_choice or (scale0 is not None) != has_choice:
+        raise ValueError(f"{op}: shift0 and scale0 must be given if both a frame_mask and shift are, and only then")
+    check_same_device(op, x=x, y=y, frame_mask=frame_mask, **tables)
+    outs = call(op, x, y, gate, frame_mask, gate0, shift, scale, shift0, scale0, eps)
+    return outs[0] if shift is None else tuple(outs)
 
 
 register_op(
     "gate_residual",
-    "(Tensor x, Tensor y, Tensor gate, Tensor? frame_mask, Tensor? gate0) -> Tensor",
+    "(Tensor x, Tensor y, Tensor gate, Tensor? frame_mask, Tensor? gate0, Tensor? shift, Tensor? scale, "
+    "Tensor? shift0, Tensor? scale0, float eps) -> Tensor[]",
     reference.gate_residual,
 )
+_triton.register("gate_residual")

@@ -93,4 +93,10 @@ ERRORS = [
     BadCall(
         "shift_alone", lambda a: a | {"shift": a["gate"]}, ValueError, "gate_residual: shift and scale must be given"
     ),
+    BadCall(
+        "no_shift0",
+        lambda a: a | {"shift": a["gate"], "scale": a["gate"], "scale0": a["gate"]},
+        ValueError,
+        "gate_residual: shift0 and scale0 must be given if both a frame_mask and shift are",
+    ),
 ]
