@@ -130,6 +130,14 @@ def planes(x: Tensor, memory_format: torch.memory_format, *, per_frame: bool = F
     return x.view(*x.shape[:2], x.shape[2] if per_frame else 1, math.prod(x.shape[first:]))
 
 
+def power_of_two(number: int, most: int) -> int:
+    """The first one not below `number`, or `most`. By comparisons: they bound a traced size, and do not fix it."""
+    power = 1
+    while power < number and power < most:
+        power *= 2
+    return power
+
+
 def dense(x: Tensor | None) -> Tensor | None:
     """x with its elements side by side, for small tensors that a kernel reads without strides."""
     return None if x is None else x.contiguous()
