@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from opensora_kernels import _triton
 from opensora_kernels.checks import check_choice, check_float, check_same_device
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
@@ -60,4 +62,16 @@ register_op(
     "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool per_frame, str activation, "
     "Tensor? statistics) -> Tensor",
     reference.group_norm_silu,
+    saves=True,
 )
+
+
+def _moments_like(
+    x: Tensor, num_groups: int, weight: Any, bias: Any, eps: float, per_frame: bool, *others: Any
+) -> list[Tensor]:
+    """Mean and 1 / deviation of each group, of each frame if they are per frame."""
+    num_frames = x.shape[2] if per_frame else 1
+    return [torch.empty(x.shape[0], num_frames, num_groups, 2, dtype=torch.float32, device=x.device)]
+
+
+_triton.register("group_norm_silu", saved_like=_moments_like)

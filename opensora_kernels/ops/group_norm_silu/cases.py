@@ -55,6 +55,7 @@ CASES = [
     Case("channels_last_per_frame", _make((2, 4, 3, 4, 5), 2, channels_last=True, per_frame=True), flops=_flops),
     Case("statistics", _make((2, 4, 3, 4, 5), 2, has_statistics=True), flops=_flops),
     Case("statistics_per_frame", _make((2, 4, 3, 4, 5), 2, has_statistics=True, per_frame=True), flops=_flops),
+    Case("channels_last_statistics", _make((2, 4, 3, 4, 5), 2, channels_last=True, has_statistics=True), flops=_flops),
     _layer("open_sora_1_2_128", "Open-Sora 1.2 temporal VAE, 2048^2", (1, 128, 20, 256, 256), 32),
     _layer("open_sora_1_2_statistics", "Open-Sora 1.2 temporal VAE, 2048^2", (1, 128, 20, 256, 256), 32,
            has_statistics=True),
@@ -62,6 +63,8 @@ CASES = [
     _layer("plan_1_1_per_frame", "Open-Sora-Plan 1.1 encoder, 65 x 256^2 window", (1, 128, 65, 256, 256), 32,
            per_frame=True),
     _layer("hunyuan_256", "HunyuanVideo decoder, 256^2 tile", (1, 256, 31, 128, 128), 32, channels_last=True),
+    _layer("hunyuan_512_statistics", "HunyuanVideo decoder, 256^2 tile", (1, 512, 16, 64, 64), 32, channels_last=True,
+           has_statistics=True),
 ]  # fmt: skip
 
 ERRORS = [
