@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from opensora_kernels import _triton
 from opensora_kernels.checks import check_choice, check_float, check_same_device
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
@@ -48,3 +49,4 @@ register_op(
     "(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
     reference.rms_norm_silu,
 )
+_triton.register("rms_norm_silu")

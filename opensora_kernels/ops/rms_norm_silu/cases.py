@@ -38,10 +38,14 @@ CASES = [
     Case("image", _make(2, 8, 5, 7), flops=_flops),
     Case("no_weight", _make(2, 4, 3, 4, 5, has_weight=False, activation=None), flops=_flops),
     Case("channels_last", _make(2, 4, 3, 4, 5, channels_last=True), flops=_flops),
+    Case("channels_last_odd", _make(2, 37, 2, 3, 5, has_bias=True, channels_last=True), flops=_flops),
     Case("wan_2_1_96", _make(1, 96, 4, 480, 832), is_large=True, flops=_flops, source="Wan 2.1 decoder, 480 x 832"),
     Case(
         "wan_2_1_384", _make(1, 384, 2, 120, 208, channels_last=True), is_large=True, flops=_flops,
         source="Wan 2.1 decoder, 480 x 832",
+    ),
+    Case(
+        "wan_2_2_1024", _make(1, 1024, 2, 88, 160), is_large=True, flops=_flops, source="Wan 2.2 decoder, 704 x 1280"
     ),
     Case("qwen_image_96", _make(1, 96, 1, 1328, 1328), is_large=True, flops=_flops, source="Qwen-Image decoder"),
 ]  # fmt: skip
