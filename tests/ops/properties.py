@@ -1,4 +1,4 @@
-"""What property tests share: drawn heads in the memory orders of models, and Triton kernels against the reference."""
+"""What property tests share: drawn heads and clips as models lay them in memory, and Triton against the reference."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ interpreted = pytest.mark.skipif(
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 LEADING = st.sampled_from([(), (1,), (3,), (2, 3), (2, 1, 2), (0,)])
 MEMORY = st.sampled_from(["packed", "temporal", "separate", "heads_first", "gaps", "reversed"])
+
+CLIP_MEMORY = st.sampled_from(["contiguous", "channels_last", "later_frames", "later_frames_channels_last", "swapped"])
 
 
 class Numbers:
@@ -56,6 +58,17 @@ def heads(numbers: Numbers, memory: str, num_tensors: int, leading: tuple[int, .
             numbers(*sizes[::-1], *leading[::-1]).permute(*range(2 + len(leading), -1, -1)) for _ in range(num_tensors)
         ]
     return [numbers(*leading, *sizes) for _ in range(num_tensors)]
+
+
+def clips(numbers: Numbers, memory: str, shape: tuple[int, ...], mean: float = 0.0) -> tuple[Tensor, Tensor]:
+    """x (B, C, T, H, W) that lies in memory as `memory` says, and the clip of which it may be only the later frames."""
+    batch, channels, frames, height, width = shape
+    clip = numbers(batch, channels, frames + 2 * memory.startswith("later"), height, width, mean=mean)
+    if memory.endswith("channels_last"):
+        clip = clip.contiguous(memory_format=torch.channels_last_3d)
+    if memory == "swapped":
+        clip = clip.transpose(3, 4).contiguous().transpose(3, 4)
+    return clip[:, :, -frames:], clip
 
 
 def assert_triton_is_accurate(op: str, arguments: dict[str, Any], wanted: list[str]) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from opensora_kernels import group_norm_silu
+from opensora_kernels import group_norm_silu, use
+from tests.ops.properties import CLIP_MEMORY, DTYPES, Numbers, assert_triton_is_accurate, clips, interpreted
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -92,3 +98,51 @@ def test_parameters_of_a_frozen_input_get_gradients(per_frame: bool, has_weight:
         assert out.is_contiguous(memory_format=memory_format)
         of_format.append(torch.autograd.grad(out.sum(), parameters))
     torch.testing.assert_close(*of_format)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[dict[str, Any], list[str]]:
+    """Arguments, and the names of those that want gradients."""
+    numbers = Numbers(draw(st.integers(0, 2**16)), draw(DTYPES))
+    num_groups, channels_per_group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    num_channels = num_groups * channels_per_group
+    shape = (draw(st.integers(1, 2)), num_channels, draw(st.integers(1, 3)), draw(st.integers(1, 4)), 3)
+    x, whole_clip = clips(numbers, draw(CLIP_MEMORY), shape, mean=draw(st.floats(-3, 3)))
+    arguments = {"x": x, "num_groups": num_groups, "eps": draw(st.sampled_from([1e-6, 0.1]))}
+    arguments["activation"] = draw(st.sampled_from(["silu", None]))
+    arguments["per_frame"] = draw(st.booleans())
+    if draw(st.booleans()):
+        arguments["weight"] = numbers(num_channels, mean=1.0)
+    if draw(st.booleans()):
+        arguments["bias"] = numbers(num_channels)
+    if draw(st.booleans()):
+        arguments["statistics"] = frame_moments((x if arguments["per_frame"] else whole_clip).double()).float()
+    wanted = [name for name, value in arguments.items() if isinstance(value, Tensor) and draw(st.booleans())]
+    return arguments, wanted
+
+
+@interpreted
+@given(calls(), st.sampled_from([(1, 16), (2, 8), (4, 16), (8, 4)]), st.sampled_from([1, 10, 1000]))
+def test_triton_is_as_accurate_as_pytorch(call: tuple, block: tuple[int, int], fewest_programs: int):
+    from opensora_kernels.ops.group_norm_silu import triton_tiles  # imports triton
+
+    arguments, wanted = call
+    tile = {"BLOCK_C": block[0], "BLOCK_P": block[1], "num_warps": 4}
+    fewest = dict.fromkeys(triton_tiles._FEWEST_PROGRAMS, fewest_programs)
+    with (
+        mock.patch.object(triton_tiles, "configuration", return_value=tile),  # several tiles, chunks and blocks of x
+        mock.patch.dict(triton_tiles._FEWEST_PROGRAMS, fewest),
+    ):
+        assert_triton_is_accurate("group_norm_silu", arguments, wanted)
+
+
+@interpreted
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_statistics_of_a_large_mean_do_not_cancel(per_frame: bool):
+    x = drawn(1, 4, 3, 16, 16) * 0.1 + 300
+    x[:, :, 0] += 1
+    expected = group_norm_silu(x.double(), 2, per_frame=per_frame)
+    with use(group_norm_silu="triton"):
+        actual = group_norm_silu(x, 2, per_frame=per_frame)
+    # fp32 knows 300 to 2^-15, and a mean that is off by that moves every value by 2^-15 of a deviation of 0.1
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2**-15 / 0.1)

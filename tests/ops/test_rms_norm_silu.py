@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from opensora_kernels import rms_norm_silu
+from opensora_kernels import rms_norm_silu, use
+from tests.ops.properties import CLIP_MEMORY, DTYPES, Numbers, assert_triton_is_accurate, clips, interpreted
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,3 +54,42 @@ def test_a_frame_alone_is_as_in_the_clip():
 def test_channels_last_goes_in_and_comes_out():
     x = drawn(2, 4, 3, 5, 6).contiguous(memory_format=torch.channels_last_3d)
     assert rms_norm_silu(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=interpreted)])
+def test_wider_parameters_widen_the_result(backend: str):
+    x, weight, bias = drawn(2, 6, 3, 4, 5, dtype=torch.bfloat16), drawn(6, seed=1), drawn(6, seed=2)
+    unit = (F.normalize(x.float(), dim=1).bfloat16() * 6**0.5).float()
+    expected = F.silu(unit * weight.view(6, 1, 1, 1) + bias.view(6, 1, 1, 1))
+    with use(rms_norm_silu=backend):
+        actual = rms_norm_silu(x, weight, bias)
+    # a bf16 rounding that falls to the other side moves its value by 2^-8 of it
+    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-8)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[dict[str, Any], list[str]]:
+    """Arguments, and the names of those that want gradients."""
+    numbers = Numbers(draw(st.integers(0, 2**16)), draw(DTYPES))
+    num_channels = draw(st.sampled_from([1, 2, 3, 16, 17, 32, 37]))
+    shape = (draw(st.integers(1, 2)), num_channels, draw(st.integers(1, 3)), draw(st.integers(1, 4)), 3)
+    x, _ = clips(numbers, draw(CLIP_MEMORY), shape)
+    # with the usual eps the gradient of a single channel is a difference that cancels to nothing
+    eps = 10.0 if num_channels == 1 else draw(st.sampled_from([1e-12, 1.0]))
+    arguments = {"x": x, "eps": eps, "activation": draw(st.sampled_from(["silu", None]))}
+    if draw(st.booleans()):
+        arguments["weight"] = numbers(num_channels, mean=1.0)
+    if draw(st.booleans()):
+        arguments["bias"] = numbers(num_channels)
+    wanted = [name for name, value in arguments.items() if isinstance(value, Tensor) and draw(st.booleans())]
+    return arguments, wanted
+
+
+@interpreted
+@given(calls(), st.sampled_from([(1, 16), (8, 8), (16, 4), (64, 2)]))
+def test_triton_is_as_accurate_as_pytorch(call: tuple, block: tuple[int, int]):
+    from opensora_kernels.ops.rms_norm_silu import triton_kernel  # imports triton
+
+    tile = {"BLOCK_C": block[0], "BLOCK_P": block[1], "num_warps": 4}
+    with mock.patch.object(triton_kernel, "configuration", return_value=tile):  # several tiles of x, both ways
+        assert_triton_is_accurate("rms_norm_silu", *call)
