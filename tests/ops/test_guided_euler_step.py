@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from opensora_kernels import guided_euler_step
+from opensora_kernels import guided_euler_step, use
+from tests.ops.properties import DTYPES, Numbers, assert_triton_is_accurate, interpreted
+
+TILES = st.sampled_from([(1, 16), (2, 4), (4, 8), (8, 2)])
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -49,3 +57,73 @@ def test_bf16_latents_take_the_dtype_of_an_fp32_velocity():
     assert have.dtype == torch.float32
     assert torch.equal(have, guided_euler_step(z.float(), velocity, dt, guidance_scale=7.0, frame_mask=frame_mask))
     assert guided_euler_step(z, velocity.bfloat16(), dt, guidance_scale=7.0).dtype == torch.bfloat16
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    numbers = Numbers(draw(st.integers(0, 2**16)), draw(DTYPES))
+    batch, num_channels, extra, frames, height, width = (
+        draw(st.integers(low, high)) for low, high in ((0, 2), (1, 4), (0, 3), (1, 3), (1, 4), (1, 5))
+    )
+    call: dict[str, Any] = {"guidance_scale": draw(st.sampled_from([None, 1.0, 7.0]))}
+
+    def clip(*shape: int, dtype: torch.dtype) -> Tensor:
+        match draw(st.sampled_from(["dense", "channels_last", "some_frames", "patches"])):
+            case "channels_last":
+                return numbers(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+            case "some_frames":
+                return numbers(*shape[:2], shape[2] + 2, *shape[3:], dtype=dtype)[:, :, 1:-1]
+            case "patches":
+                return numbers(*reversed(shape), dtype=dtype).permute(4, 3, 2, 1, 0)
+        return numbers(*shape, dtype=dtype)
+
+    rows = batch if call["guidance_scale"] is None else 2 * batch
+    call["z"] = clip(batch, num_channels, frames, height, width, dtype=draw(DTYPES))
+    call["velocity"] = clip(rows, num_channels + extra, frames, height, width, dtype=numbers.dtype)
+    call["dt"] = numbers(batch, dtype=draw(DTYPES))
+    if draw(st.booleans()):
+        moves = draw(st.lists(st.booleans(), min_size=batch * frames, max_size=batch * frames))
+        call["frame_mask"] = torch.tensor(moves, dtype=torch.bool).view(batch, frames)
+    return call
+
+
+def small_tiles(tile: tuple[int, int]) -> mock._patch:
+    from opensora_kernels.ops.guided_euler_step import triton_kernel
+
+    constants = {"BLOCK_C": tile[0], "BLOCK_P": tile[1], "num_warps": 4}
+    return mock.patch.object(triton_kernel, "configuration", return_value=constants)
+
+
+@interpreted
+@given(calls(), TILES)
+def test_triton_has_the_bits_of_the_reference(call: dict[str, Any], tile: tuple[int, int]):
+    with use(guided_euler_step="reference"):
+        expected = guided_euler_step(**call)
+    with small_tiles(tile), use(guided_euler_step="triton"):
+        actual = guided_euler_step(**call)
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+    axes = [axis for axis in range(5) if actual.shape[axis] > 1 and actual.numel()]
+    assert [actual.stride(axis) for axis in axes] == [expected.stride(axis) for axis in axes]
+
+
+@interpreted
+@given(calls(), TILES, st.lists(st.sampled_from(["z", "velocity", "dt"]), unique=True, min_size=1))
+def test_triton_gradients_are_as_accurate_as_those_of_pytorch(call: dict[str, Any], tile: tuple, wanted: list[str]):
+    with small_tiles(tile):
+        assert_triton_is_accurate("guided_euler_step", call, wanted)
+
+
+@interpreted
+def test_frames_that_stay_are_not_touched_by_their_velocity():
+    z, velocity = draw(2, 4, 3, 2, 2, seed=1), draw(4, 4, 3, 2, 2, seed=2)
+    frame_mask = torch.tensor([[True, False, True], [False, True, True]])
+    velocity[:2].transpose(1, 2)[~frame_mask] = torch.nan
+    z.requires_grad_()
+    velocity.requires_grad_()
+    with use(guided_euler_step="triton"):
+        out = guided_euler_step(z, velocity, torch.ones(2), guidance_scale=7.0, frame_mask=frame_mask)
+    out.sum().backward()
+    assert torch.equal(out.transpose(1, 2)[~frame_mask], z.transpose(1, 2)[~frame_mask])
+    assert torch.equal(z.grad, torch.ones_like(z))
+    assert not velocity.grad.unflatten(0, (2, 2)).transpose(2, 3)[:, ~frame_mask].any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from opensora_kernels import _triton
 from opensora_kernels.checks import check_float, check_mask, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
 
@@ -20,7 +21,7 @@ def guided_euler_step(
     Shapes: z (B, C, T, H, W) latents. velocity (2B, C', T, H, W) with C' >= C, the first C channels used, conditional
     rows before null rows; (B, C', T, H, W), used as it is, when guidance_scale is None. dt (B,): the step per sample,
     in the unit of time of the velocity (t / 1000 in Open-Sora). frame_mask (B, T) booleans. Any strides. Returns
-    (B, C, T, H, W) in the promoted dtype of z and velocity.
+    (B, C, T, H, W) in the promoted dtype of z and velocity, channels_last_3d if z is, else contiguous.
     Numbers: guidance is rounded in velocity's dtype after each of its three operations, the product and the sum in the
     promoted dtype of their operands.
     Errors: TypeError for dtypes that are not floating-point, or a mask that is not boolean; ValueError for shapes or
@@ -51,3 +52,4 @@ register_op(
     "(Tensor z, Tensor velocity, Tensor dt, float? guidance_scale, Tensor? frame_mask) -> Tensor",
     reference.guided_euler_step,
 )
+_triton.register("guided_euler_step")
