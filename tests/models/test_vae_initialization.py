@@ -30,21 +30,21 @@ def test_latents_begin_at_the_size_of_the_pixels_and_posteriors_where_asked():
     assert vae.temporal_vae.quant_conv.conv.bias.chunk(2)[1].eq(-4.0).all()
 
 
-def test_colour_is_learned_in_the_first_forty_steps():
+def test_colour_is_learned_in_the_first_hundred_steps():
     torch.manual_seed(0)
     vae = VideoVAE(tiny_vae())
     initialize_for_training(vae, log_variance=-4.0)
     optimizer = torch.optim.AdamW(vae.spatial_vae.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(40):
+    for _ in range(100):
         x = color_fields(8, generator)
         decoded = vae(x, through_time=False, generator=generator).x_rec
         optimizer.zero_grad()
         (decoded - x).abs().mean().backward()
         optimizer.step()
     error, size = (chroma(y).abs().mean() for y in (decoded - x, x))
-    # 0.45 after 30 steps of 16 images; with PyTorch's own initialisation it is still 0.8 after 300
-    assert error / size < 0.6
+    # 0.29 to 0.64 with four seeds; with PyTorch's own initialisation 0.83, and still 0.8 after 300 steps
+    assert error / size < 0.7
 
 
 def chroma(x: Tensor) -> Tensor:
