@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opensora_kernels import _triton, backends
 from opensora_kernels.checks import check_float, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
 
@@ -27,11 +28,12 @@ def blend_tiles(
     e is `overlap` or the size of the smaller tile. A tile is faded over the tile above it, then over the tile to its
     left, both already faded themselves; then its first `stride` rows and columns are kept.
     Shapes: every tile (..., h, w), the leading axes the same in all, h the same along a row and w along a column;
-    returns (..., sum of min(h, stride), sum of min(w, stride)) in the tiles' dtype.
+    returns (..., sum of min(h, stride), sum of min(w, stride)) in the tiles' dtype, channels_last_3d if the first tile
+    is, else contiguous.
     Units: `overlap` and `stride` (rows, columns) in the tiles' own pixels (or latents); stride is the distance between
     neighbouring tiles, None the first tile's size less the overlap.
     `out` receives the result (no gradient then); without it, gradients flow to all tiles.
-    Numbers: each product is rounded to the tiles' dtype, then the sum.
+    Numbers: each product is rounded to the tiles' dtype, then the sum; in fp32, GPUs may round both at once.
     Errors: TypeError for a dtype that is not floating-point or differs; ValueError for rows of different lengths,
     tiles that do not line up, another device, a negative overlap, a stride below 1, an `out` of another shape or one
     for tiles that want gradients.
@@ -56,7 +58,22 @@ def blend_tiles(
     check_same_device(op, tile=first, out=out)
     if torch.is_grad_enabled() and any(tile.requires_grad for tile in flat):
         raise ValueError(f"{op}: out must be None for tiles that want gradients, got a tensor")
+    # torch.compile traces PyTorch's own operations into a given tensor, but no launch outside a registered operator
+    if backends.choose(op, *arguments) == "triton" and not torch.compiler.is_compiling():
+        from . import triton_kernel  # imports Triton
+
+        return triton_kernel.fill(out, *arguments)
     return reference.fill(out, *arguments)
+
+
+def _why_not_triton(tiles: list[Tensor], num_columns: int, overlap: list[int], stride: list[int]) -> str | None:
+    sizes = {"height": [tile.shape[-2] for tile in tiles[::num_columns]]}
+    sizes["width"] = [tile.shape[-1] for tile in tiles[:num_columns]]
+    for (axis, of_tiles), lines in zip(sizes.items(), overlap, strict=True):
+        for before, size, after in zip(of_tiles, of_tiles[1:], of_tiles[2:], strict=False):
+            if size < min(before, size, lines) + min(size, after, lines):
+                return f"a tile of {axis} {size} overlaps both neighbours by {lines}, and the kernel blends four tiles"
+    return None
 
 
 def _check_tiles(tiles: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -83,3 +100,4 @@ register_op(
     "(Tensor[] tiles, int num_columns, int[] overlap, int[] stride) -> Tensor",
     reference.blend_tiles,
 )
+_triton.register("blend_tiles", why_not=_why_not_triton)

@@ -5,10 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opensora_kernels.norms import memory_format
+
 
 def blend_tiles(tiles: list[Tensor], num_columns: int, overlap: list[int], stride: list[int]) -> Tensor:
-    out = tiles[0].new_empty(*tiles[0].shape[:-2], *blended_size(tiles, num_columns, stride))
-    return fill(out, tiles, num_columns, overlap, stride)
+    return fill(empty_picture(tiles, num_columns, stride), tiles, num_columns, overlap, stride)
+
+
+def empty_picture(tiles: list[Tensor], num_columns: int, stride: list[int]) -> Tensor:
+    """What the joined tiles fill, in the memory format of the first."""
+    first = tiles[0]
+    shape = (*first.shape[:-2], *blended_size(tiles, num_columns, stride))
+    return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=picture_format(first))
+
+
+def picture_format(tile: Tensor) -> torch.memory_format:
+    """Channels last for tiles (B, C, T, h, w) with their channels side by side, else contiguous."""
+    return memory_format(tile) if tile.dim() == 5 else torch.contiguous_format
 
 
 def blended_size(tiles: list[Tensor], num_columns: int, stride: list[int]) -> tuple[int, int]:
