@@ -53,12 +53,13 @@ def register(
     why_not: Callable[..., str | None] | None = None,
     why_slower: Callable[..., str | None] | None = None,
     saved_like: Callable[..., list[Tensor]] | None = None,
+    passes: Callable[..., list[int]] | None = None,
 ) -> None:
     """Make `forward` and `backward` of `opensora_kernels.ops.<op>.triton_kernel` the Triton backend of `op`.
 
     forward(*values): the operator's result for its flat arguments; with `saved_like`, a list of the result and of what
     the backward pass needs. backward(grads, wanted, saved, *values): one gradient or None for each of `values`; those
-    with False in `wanted` are not needed. `why_not`, `why_slower`, `saved_like`: see `Implementation`.
+    with False in `wanted` are not needed. `why_not`, `why_slower`, `saved_like`, `passes`: see `Implementation`.
     """
 
     def kernels() -> ModuleType:
@@ -73,9 +74,10 @@ def register(
     def reason(*values: Any) -> str | None:
         return _why_not_these(values) or (None if why_not is None else why_not(*values))
 
-    backends.register(
-        op, "triton", Implementation(forward, backward, reason, why_slower=why_slower, saved_like=saved_like)
+    implementation = Implementation(
+        forward, backward, reason, why_slower=why_slower, saved_like=saved_like, passes=passes
     )
+    backends.register(op, "triton", implementation)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

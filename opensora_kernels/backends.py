@@ -36,7 +36,8 @@ class Implementation:
     inside the registered operator and may bring `backward`; without one, gradients recompute the reference.
     why_not: why it can't serve these arguments. why_slower: why another is thought faster for them, so that it runs
     only for those who ask for it. saved_like: empty tensors like those that `forward` returns, in a list after the
-    result, for `backward`; its operator must be registered with `saves`.
+    result, for `backward`; its operator must be registered with `saves`. passes: positions of arguments whose gradient
+    is the first result's itself, such as a residual's; `backward` is not asked for them, and nothing is copied.
     """
 
     forward: Callable[..., Any]
@@ -45,6 +46,7 @@ class Implementation:
     is_plain: bool = False
     why_slower: Callable[..., str | None] | None = None
     saved_like: Callable[..., list[Tensor]] | None = None
+    passes: Callable[..., list[int]] | None = None
 
 
 class BackendError(RuntimeError):

@@ -98,15 +98,22 @@ def register_op(
         *values, backend = pytree.tree_unflatten(leaves, ctx.structure)
         # torch.library hands the gradients of a list of outputs in one list
         flat_grads = list(grads[0]) if len(grads) == 1 and isinstance(grads[0], (list, tuple)) else list(grads)
-        if backends.implementation(op, backend).backward is None:
+        chosen = backends.implementation(op, backend)
+        if chosen.backward is None:
             return (*_recompute(reference, values, flat_grads[:1] if saves else flat_grads), None)
         wanted = [any(pytree.tree_leaves(needed)) for needed in ctx.needs_input_grad[:-1]]
+        passed = [index for index in (chosen.passes(*values) if chosen.passes else ()) if wanted[index]]
+        for index in passed:
+            wanted[index] = False
         run_op = getattr(torch.ops.opensora_kernels, f"{op}_backward")
-        found = iter(run_op(flat_grads[:1] if saves else flat_grads, wanted, saved, *values, backend))
-        gradients = (
+        given = flat_grads[:1] if saves else flat_grads
+        found = iter(run_op(given, wanted, saved, *values, backend) if any(wanted) else [])
+        gradients = [
             pytree.tree_map(lambda _: next(found), value) if is_wanted else None
             for value, is_wanted in zip(values, wanted, strict=True)
-        )
+        ]
+        for index in passed:
+            gradients[index] = flat_grads[0]
         return (*gradients, None)
 
     _implement(op, run, shape_rule)
