@@ -92,6 +92,17 @@ def test_a_result_that_nothing_uses_has_no_part_in_the_gradients(used: int):
 
 
 @interpreted
+def test_the_gradient_of_x_is_that_of_the_sum_and_no_copy():
+    x, y, gate, cotangent = draw(2, 6, 8, seed=1), draw(2, 6, 8, seed=2), draw(2, 8, seed=3), draw(2, 6, 8, seed=4)
+    with use(gate_residual="triton"):
+        for leaves in ((x,), (x, y)):
+            for leaf in leaves:
+                leaf.requires_grad_()
+            grad, *_ = torch.autograd.grad(gate_residual(x, y, gate), leaves, cotangent)
+            assert grad.data_ptr() == cotangent.data_ptr()
+
+
+@interpreted
 @given(tokens_and_tables(["gate", "shift", "scale"], 2), st.booleans(), TILES, st.data())
 def test_triton_is_as_accurate_as_pytorch(call: dict, modulates: bool, tile: dict, data: st.DataObject):
     if modulates:

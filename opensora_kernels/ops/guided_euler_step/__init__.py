@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from opensora_kernels import _triton
@@ -47,9 +48,14 @@ def guided_euler_step(
     return call(op, z, velocity, dt, guidance_scale, frame_mask)
 
 
+def _passes(z: Tensor, velocity: Tensor, *others: object) -> list[int]:
+    """z's gradient is that of the result, unless the result is wider."""
+    return [0] if torch.promote_types(z.dtype, velocity.dtype) == z.dtype else []
+
+
 register_op(
     "guided_euler_step",
     "(Tensor z, Tensor velocity, Tensor dt, float? guidance_scale, Tensor? frame_mask) -> Tensor",
     reference.guided_euler_step,
 )
-_triton.register("guided_euler_step")
+_triton.register("guided_euler_step", passes=_passes)
