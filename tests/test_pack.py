@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,6 +24,9 @@ def test_packed_runs_sample_and_say_how_they_were_made(tmp_path: Path):
     recipe = json.loads((out / "recipe.json").read_text())
     assert recipe["vae"][0]["steps"] == vae.step
     assert recipe["transformer"][0]["steps"] == flow.step
+    clips = (tmp_path / "clips.csv").read_bytes()
+    expected = {"manifest": "clips.csv", "clips": 6, "sha256": hashlib.sha256(clips).hexdigest()}
+    assert recipe["vae"][0]["data"] == recipe["transformer"][0]["data"] == expected
     assert str(tmp_path) not in json.dumps(recipe)
     parts = {name: out / name for name in ("vae", "transformer", "text_encoder")}
     sampler = Sampler.from_preset("tiny", **parts)

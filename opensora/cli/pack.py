@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def _stage(run: Path) -> dict[str, Any]:
     return {
         "steps": state["step"],
         "seed": config["run"]["seed"],
-        "data": Path(config["data"]["manifest"]).name,
+        "data": _data(Path(config["data"]["manifest"])),
         "batch_size": config["data"]["batch_size"],
         "minutes": round(sum(float(row["seconds"]) for row in rows) / 60, 1),
         "mean_losses": {
@@ -75,6 +76,16 @@ def _stage(run: Path) -> dict[str, Any]:
         },
         "config": _without_folders(config),
     }
+
+
+def _data(manifest: Path) -> dict[str, Any]:
+    """Name, number of clips and digest of a manifest; the name alone where the file is gone."""
+    if not manifest.exists():
+        return {"manifest": manifest.name}
+    from opensora.data.manifest import read_manifest
+
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    return {"manifest": manifest.name, "clips": len(read_manifest(manifest).clips), "sha256": digest}
 
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
