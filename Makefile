@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: sample test lint format doctor oracles assets clean
+.PHONY: sample test lint format doctor oracles clean
 
 sample: $(VENV)/.installed  ## a video from the embedded model: an mp4 and a contact sheet
 	$(RUN) -m opensora sample --prompt "a red circle moving left" --seed 7 --output outputs/sample.mp4

@@ -7,6 +7,8 @@ opensora train-vae --preset tiny --stage clips
 opensora train --preset tiny --stage uniform
 opensora train --preset tiny --stage shifted
 opensora train --preset tiny --stage motion
+opensora pack assets --vae outputs/tiny-vae-spatial outputs/tiny-vae-temporal outputs/tiny-vae \\
+    --transformer outputs/tiny-uniform outputs/tiny-shifted outputs/tiny
 """
 
 from __future__ import annotations
@@ -168,7 +170,7 @@ def training_uniform() -> TrainConfig:
     """From nothing, at all times alike: colours, sharpness, and shapes that do not yet stay one."""
     return TrainConfig(
         transformer=transformer(),
-        flow=replace(flow(), use_timestep_transform=False),
+        flow=replace(flow(), use_timestep_transform=False, transform_scale=1.0),
         data=_clips("train", batch_size=16),
         optimizer=OptimizerConfig(
             lr=1e-3, eps=1e-8, warmup_steps=200, decay="cosine", final_lr_ratio=0.02, ema_decay=0.998
