@@ -27,7 +27,7 @@ TEXT_ENCODER = "DeepFloyd/t5-v1_1-xxl"
 
 def preset() -> Preset:
     return Preset(
-        name="open_sora_v1_2",
+        name="open-sora-v1.2",
         description="Open-Sora 1.2: 144p to 720p, images and clips of 2 to 16 seconds at 24 fps",
         vae=VAE,
         transformer=TRANSFORMER,
