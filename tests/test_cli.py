@@ -76,6 +76,12 @@ def test_a_prompt_file_makes_one_clip_per_line_and_a_part_of_it_the_same_clips(m
     assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
 
 
+def test_a_repeated_prompt_option_adds_prompts(models, tmp_path):
+    arguments = ["sample", *models, "--prompt", "a red circle", "--prompt", "a blue square", "a green triangle"]
+    assert main([*arguments, "--contact-sheet", "no", "--save-dir", str(tmp_path)]) == 0
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_prompts_as_file_names_skip_what_exists(models, tmp_path, capsys):
     arguments = ["sample", *models, "--prompt", "a red/blue circle", "--prompt-as-path", "yes", "--save-dir"]
     assert main([*arguments, str(tmp_path)]) == 0
@@ -108,7 +114,7 @@ def test_a_bad_line_of_a_prompt_file_is_named_before_any_work(models, tmp_path, 
         (["--prompt", "a", "--num-frames", "many"], "num_frames: must be a positive number"),
         (["--prompt", "a", "--num-frames", "0"], "num_frames: must be a positive number"),
         (["--prompt", "a", "--resolution", "241p", "--aspect-ratio", "9:16"], "resolution: must be one of 144p"),
-        (["--prompt", "a", "--resolution", "240p"], "image_size: needed, or both"),
+        (["--prompt", "a", "--resolution", "240p"], "resolution and aspect_ratio: must be given together"),
         (["--prompt", "a", "--resolution", "240p", "--aspect-ratio", "9:1"], "aspect_ratio: 240p must be given one of"),
         (["--prompt", "a", "--image-size", "1", "1"], "smaller than one latent"),
         (["--prompt", "a", "--num-sampling-steps", "0"], "num_sampling_steps: must be at least 1"),

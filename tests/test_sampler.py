@@ -194,7 +194,7 @@ def test_sizes_follow_names_and_impossible_ones_are_refused(sampler):
         ({"num_frames": "soon"}, "num_frames: must be a positive number"),
         ({"resolution": "241p"}, "resolution: must be one of"),
         ({"aspect_ratio": "9:1"}, "aspect_ratio: 240p must be given one of"),
-        ({"aspect_ratio": None}, "image_size: needed, or both"),
+        ({"aspect_ratio": None}, "resolution and aspect_ratio: must be given together"),
         ({"image_size": (0, 64)}, "image_size: must be a positive height and width"),
     ):
         with pytest.raises(ValueError, match=reason):

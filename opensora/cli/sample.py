@@ -60,7 +60,7 @@ def _parser(preset: Preset) -> Parser:
     add("--vae", type=str, help=f"the VAE: {models}")
     add("--text-encoder", type=str, help=f"the text encoder: {models}")
 
-    add("--prompt", type=str, nargs="+", help="one or more prompts")
+    add("--prompt", action="extend", type=str, nargs="+", help="one or more prompts")
     add("--prompt-path", type=str, help="a text file with a prompt on each line")
     add("--start-index", type=int, default=0, help="first prompt of the file to use, from 0")
     add("--end-index", type=int, help="the prompt of the file to stop before")

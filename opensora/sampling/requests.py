@@ -59,7 +59,7 @@ def clip_size(config: SampleConfig) -> ClipSize:
             raise ValueError(f"image_size: must be a positive height and width, got {height} {width}")
     elif config.resolution is None or config.aspect_ratio is None:
         raise ValueError(
-            "image_size: needed, or both resolution and aspect_ratio, "
+            "resolution and aspect_ratio: must be given together, as 240p and 9:16, or image_size instead, "
             f"got resolution {config.resolution} and aspect_ratio {config.aspect_ratio}"
         )
     else:
