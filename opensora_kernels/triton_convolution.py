@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels._triton import dense, launch
+from opensora_kernels._triton import dense, launch, power_of_two
 from opensora_kernels.tuning import configuration
 
 
@@ -98,7 +98,7 @@ def convolve(
 
 def block(size: int, most: int) -> int:
     """The smallest power of two that holds `size`, at least what a matrix product takes and at most `most`."""
-    return min(most, max(16, triton.next_power_of_2(size)))
+    return max(16, power_of_two(size, most))
 
 
 def channel_block(num_channels: int, most: int) -> int:

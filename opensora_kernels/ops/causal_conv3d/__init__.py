@@ -61,6 +61,8 @@ def causal_conv3d(
     of each frame of the result, for `group_norm_silu(statistics=...)` or `Norm(statistics=...)` of the next layer.
     Returns the result alone, or a tuple (result[, state][, statistics]). channels_last_3d is kept.
     Numbers: accumulated in fp32; rounded to x's dtype after norm, after SiLU, after bias and after residual.
+    Gradients: to every tensor, also through the returned state and statistics. The Triton backend computes what the
+    convolution read again from x, and keeps the result if its statistics are returned.
     Errors: TypeError for dtypes that are not floating-point or differ; ValueError for shapes, devices, choices and
     sizes that break the rules above, fewer frames than one window, or a stride that skips frames with `return_state`.
     Source: CausalConv3d of Open-Sora v1.2.0 (opensora/models/vae/vae_temporal.py): the defaults; of Open-Sora-Plan

@@ -105,10 +105,12 @@ def _library_gradients(
     padded_BCTHW = prepared(call, moments_BTG2, padded=True).permute(0, 4, 1, 2, 3)
     weight = call.weight.contiguous(memory_format=torch.channels_last_3d)
     grad_padded, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad_BTHWO.permute(0, 4, 1, 2, 3), padded_BCTHW, weight, None, call.stride, [0] * 3, call.dilation, False,
-        [0] * 3, call.groups, [_wants_hidden(wanted), wanted.weight, False],
+        grad_BTHWO.permute(0, 4, 1, 2, 3), padded_BCTHW, weight, None, call.stride, call.library_padding,
+        call.dilation, False, [0] * 3, call.groups, [_wants_hidden(wanted), wanted.weight, False],
     )  # fmt: skip
-    return None if grad_padded is None else fold_space(grad_padded, call.space_pad, call.space_padding), grad_weight
+    if grad_padded is not None:
+        grad_padded = fold_space(grad_padded, call.written_space_pad, call.space_padding)
+    return grad_padded, grad_weight
 
 
 def _wants_hidden(wanted: Call) -> bool:
@@ -166,7 +168,7 @@ def _result_gradient_kernel(
     grad_ptr += sample * stride_gb + frame * stride_gt
     grad = tl.load(grad_ptr + offs_p[:, None] * stride_gp + offs_o[None, :] * stride_go, mask=mask, other=0.0)
     wide = grad.to(tl.float32)
-    deviation = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    total_O = tl.sum(wide, 0)
     if HAS_STATISTICS:
         out_ptr += sample * stride_ob + frame * stride_ot
         out = tl.load(out_ptr + offs_p[:, None] * stride_op + offs_o[None, :] * stride_oo, mask=mask, other=0.0)
@@ -174,10 +176,11 @@ def _result_gradient_kernel(
         mean_O = tl.load(statistics_ptr + offs_s, mask=mask_o, other=0.0)
         grad_mean_O = tl.load(grad_statistics_ptr + offs_s, mask=mask_o, other=0.0) / num_positions
         grad_squares_O = tl.load(grad_statistics_ptr + offs_s + 1, mask=mask_o, other=0.0)
-        deviation = 2.0 * (out.to(tl.float32) - mean_O[None, :]) * grad_squares_O[None, :]
-        wide = tl.where(mask, wide + grad_mean_O[None, :], 0.0)
+        wide += grad_mean_O[None, :] + 2.0 * (out.to(tl.float32) - mean_O[None, :]) * grad_squares_O[None, :]
+        # of the deviations nothing: they add up to zero, but computed to the rounding of their mean
+        total_O += grad_mean_O * tl.minimum(num_positions - tile * BLOCK_P, BLOCK_P).to(tl.float32)
     if WANTS_FULL:
         full_ptrs = full_ptr + (plane * num_positions + offs_p)[:, None] * num_out + offs_o[None, :]
-        tl.store(full_ptrs, (wide + deviation).to(grad.dtype), mask=mask)
-    if WANTS_SUMS:  # deviations add up to nothing: a sum of them would hold the rounding of their mean alone
-        tl.store(sums_ptr + plane_tile * num_out + offs_o, tl.sum(wide, 0), mask=mask_o)
+        tl.store(full_ptrs, wide.to(grad.dtype), mask=mask)
+    if WANTS_SUMS:
+        tl.store(sums_ptr + plane_tile * num_out + offs_o, total_O, mask=mask_o)

@@ -63,6 +63,18 @@ class Call(NamedTuple):
         return [num_frames + self.num_front, height + top + bottom, width + left + right]
 
     @property
+    def library_padding(self) -> list[int]:
+        """What PyTorch's convolution adds itself: the same zeros on both sides."""
+        left, right, top, bottom = self.space_pad
+        is_even = self.space_padding == "zeros" and left == right and top == bottom
+        return [0, top, left] if is_even else [0, 0, 0]
+
+    @property
+    def written_space_pad(self) -> list[int]:
+        """The borders that are written for PyTorch's convolution."""
+        return [0, 0, 0, 0] if any(self.library_padding) else self.space_pad
+
+    @property
     def out_shape(self) -> list[int]:
         sizes = zip(self.padded_size, self.weight.shape[2:], self.stride, self.dilation, strict=True)
         return [self.x.shape[0], self.weight.shape[0], *((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in sizes)]

@@ -57,11 +57,11 @@ def kernel_weight(weight: Tensor) -> Tensor:
 def _library_forward(call: Call, moments_BTG2: Tensor | None) -> tuple[Tensor, Tensor]:
     padded_BCTHW = prepared(call, moments_BTG2, padded=True).permute(0, 4, 1, 2, 3)
     weight = call.weight.contiguous(memory_format=torch.channels_last_3d)
-    out = F.conv3d(padded_BCTHW, weight, call.bias, call.stride, 0, call.dilation, call.groups)
+    out = F.conv3d(padded_BCTHW, weight, call.bias, call.stride, call.library_padding, call.dilation, call.groups)
     out = out.contiguous(memory_format=call.layout)
     if call.residual is not None:
         out.add_(call.residual)
-    left, _, top, _ = call.space_pad
+    left, _, top, _ = call.written_space_pad
     height, width = call.x.shape[3:]
     hidden = padded_BCTHW[:, :, call.num_front :, top : top + height, left : left + width]
     return out, hidden

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels._triton import dense, launch, planes
+from opensora_kernels._triton import dense, launch, planes, power_of_two
 from opensora_kernels.triton_convolution import Source, channels_last
+from opensora_kernels.triton_silu import silu
 from opensora_kernels.tuning import configuration
 
 from .triton_call import Call
@@ -19,14 +20,16 @@ from .triton_statistics import tile_of
 
 
 def prepared(call: Call, moments_BTG2: Tensor | None, *, padded: bool) -> Tensor:
-    """(B, T, H, W, C), contiguous: x after norm and activation; with `padded`, the state and all padding around it."""
+    """(B, T, H, W, C), contiguous: x after norm and activation; with `padded`, behind the state or the frames in front
+    of it, and within the borders that PyTorch's convolution does not add itself."""
     num_samples, num_channels, num_frames, height, width = call.x.shape
-    sizes = call.padded_size if padded else [num_frames, height, width]
+    num_front = call.num_front if padded else 0
+    left, right, top, bottom = call.written_space_pad if padded else (0,) * 4
+    sizes = [num_frames + num_front, height + top + bottom, width + left + right]
     out = torch.empty(num_samples, *sizes, num_channels, dtype=call.x.dtype, device=call.x.device)
     x_BCTP = planes(call.x, call.layout, per_frame=True)
     state = call.state if padded else None
     state_BCTP = None if state is None else planes(state, call.layout, per_frame=True)
-    left, _, top, _ = call.space_pad if padded else (0,) * 4
     tile = _tile(call, sizes[1] * sizes[2])
     launch(
         _prepare_kernel,
@@ -35,9 +38,9 @@ def prepared(call: Call, moments_BTG2: Tensor | None, *, padded: bool) -> Tensor
             triton.cdiv(num_channels, tile["BLOCK_C"]),
         ),
         x_BCTP, state_BCTP, moments_BTG2, dense(call.norm_weight), dense(call.norm_bias), out,
-        num_channels, call.num_groups, call.num_front if padded else 0, height, width, *sizes, top, left,
+        num_channels, call.num_groups, num_front, height, width, *sizes, top, left,
         *x_BCTP.stride(), *(state_BCTP.stride() if state is not None else (0,) * 4), call.eps, num_channels**0.5,
-        **norm_constants(call, moments_BTG2), PADS=padded and any(call.space_pad), TIME_PADDING=call.time_padding,
+        **norm_constants(call, moments_BTG2), PADS=any((left, right, top, bottom)), TIME_PADDING=call.time_padding,
         SPACE_PADDING=call.space_padding, HAS_STATE=state is not None, **tile,
     )  # fmt: skip
     return out
@@ -68,7 +71,7 @@ def _tile(call: Call, num_positions: int) -> dict[str, int]:
     if call.norm != "rms":
         return tile_of("prepare", num_positions, num_channels, dtype, device)
     block_c = triton.next_power_of_2(num_channels)  # all of them: their length is a sum over channels
-    block_p = min(max(8192 // block_c, 8), triton.next_power_of_2(num_positions))
+    block_p = power_of_two(num_positions, max(8192 // block_c, 8))
     default = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 8}
     return configuration("causal_conv3d", f"prepare rms C={num_channels} {dtype}", default, device)
 
@@ -172,6 +175,5 @@ def _prepare_kernel(
             _, scaled, _ = unit_rms(x, eps, root)
             x = rms_affine(scaled, weight_C, bias_C, HAS_WEIGHT, HAS_BIAS)
         if HAS_SILU:
-            wide = x.to(tl.float32)
-            x = (wide / (1.0 + tl.exp(-wide))).to(x.dtype)
+            x = silu(x.to(tl.float32)).to(x.dtype)
         tl.store(out_ptrs, tl.where(mask, x, 0.0).to(x.dtype), mask=mask_stored)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels._triton import dense, launch, planes
+from opensora_kernels._triton import dense, launch, planes, power_of_two
+from opensora_kernels.triton_silu import silu_backward
 from opensora_kernels.tuning import configuration, num_row_programs
 
 from .triton_call import Call
@@ -102,7 +103,7 @@ def _rms_gradients(call: Call, wanted: Call, grad: Tensor) -> dict[str, Tensor]:
     x_BCTP, out = planes(call.x, call.layout, per_frame=True), call.empty(call.x.shape)
     num_samples, num_channels, num_frames, num_positions = x_BCTP.shape
     block_c = triton.next_power_of_2(num_channels)
-    block_p = min(max(4096 // block_c, 8), triton.next_power_of_2(num_positions))
+    block_p = power_of_two(num_positions, max(4096 // block_c, 8))
     default = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 8}
     tile = configuration("causal_conv3d", f"rms backward C={num_channels} {x_BCTP.dtype}", default, x_BCTP.device)
     wants_sums = wanted.norm_weight or wanted.norm_bias
@@ -121,13 +122,6 @@ def _rms_gradients(call: Call, wanted: Call, grad: Tensor) -> dict[str, Tensor]:
     )  # fmt: skip
     sums_C2 = sums_KC2.sum(0)
     return {"x": out, "norm_bias": sums_C2[:, 0], "norm_weight": sums_C2[:, 1]}
-
-
-@triton.jit
-def _silu_gradient(grad, normed):
-    """The gradient before SiLU of `normed`, as it was rounded."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-normed))
-    return grad * sigmoid * (1.0 + normed * (1.0 - sigmoid))
 
 
 @triton.jit
@@ -165,7 +159,7 @@ def _prepare_backward_kernel(
         unit = (wide - mean_C[None, :]) * rstd_C[None, :]
         if HAS_SILU:
             normed = (wide - mean_C[None, :]) * (rstd_C * weight_C)[None, :] + bias_C[None, :]
-            grad = _silu_gradient(grad, normed.to(x.dtype).to(tl.float32))
+            grad = silu_backward(normed.to(x.dtype).to(tl.float32), grad)
         if WANTS_SUMS:
             sums_ptrs = sums_ptr + (plane_tile * num_channels + offs_c) * 2
             tl.store(sums_ptrs, tl.sum(grad, 0), mask=mask_c)
@@ -178,7 +172,7 @@ def _prepare_backward_kernel(
             grad -= unit * tl.load(ptrs + 1, mask=mask_c, other=0.0)[None, :]
         grad *= rstd_C[None, :]
     elif HAS_SILU:
-        grad = _silu_gradient(grad, wide)
+        grad = silu_backward(wide, grad)
     if not WANTS_SUMS:
         out_ptr += sample * stride_ob + frame * stride_ot
         out_ptrs = out_ptr + offs_p[:, None] * stride_op + offs_c[None, :] * stride_oc
@@ -212,7 +206,7 @@ def _rms_backward_kernel(
         unit, scaled, length_P = unit_rms(x, eps, root)
         if HAS_SILU:
             normed = rms_affine(scaled, weight_C, bias_C, HAS_WEIGHT, HAS_BIAS)
-            grad = _silu_gradient(grad, normed.to(tl.float32))
+            grad = silu_backward(normed.to(tl.float32), grad)
         if WANTS_SUMS:
             total_C += tl.sum(grad, 0)
             total_scaled_C += tl.sum(grad * scaled.to(tl.float32), 0)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels._triton import launch, planes
+from opensora_kernels._triton import launch, planes, power_of_two
 from opensora_kernels.tuning import configuration
 
 from .triton_call import Call
@@ -45,8 +45,8 @@ def tile_of(
 ) -> dict[str, int]:
     """Positions by channels of one program of a pass over a clip: 64 positions fill a line of memory in either order
     of axes."""
-    block_c = min(64, triton.next_power_of_2(num_channels))
-    default = {"BLOCK_P": min(4096 // block_c, triton.next_power_of_2(num_positions)), "BLOCK_C": block_c}
+    block_c = power_of_two(num_channels, 64)
+    default = {"BLOCK_P": power_of_two(num_positions, 4096 // block_c), "BLOCK_C": block_c}
     return configuration("causal_conv3d", f"{direction} C={num_channels} {dtype}", default | {"num_warps": 4}, device)
 
 

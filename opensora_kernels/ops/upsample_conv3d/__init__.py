@@ -41,6 +41,7 @@ def upsample_conv3d(
     returns (B, O, T, 2 H, 2 W) or (B, O, 2 T - 1, H, W) at the default padding. channels_last_3d is kept.
     Padding, counted on the upsampled clip: as in `causal_conv3d`.
     Numbers: accumulated in fp32; the upsampled clip, the convolution and each term of the mix are rounded to x's dtype.
+    In space the Triton backend sums the taps that meet on one pixel of x in fp32 and rounds the sums to x's dtype.
     Errors: TypeError for dtypes that are not floating-point or differ; ValueError for shapes, devices, choices and
     sizes that break the rules above, or a mix of different shapes.
     Source: Open-Sora-Plan v1.1.0, SpatialUpsample2x, TimeUpsample2x and TimeUpsampleRes2x

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels._triton import dense, launch
+from opensora_kernels._triton import dense, launch, power_of_two
 from opensora_kernels.triton_convolution import Source, Taps, channels_last, convolve
 from opensora_kernels.triton_convolution_gradients import fold_space, fold_time, weight_gradient
 
@@ -122,7 +122,7 @@ def _summed(weight: Tensor, phase: _Phase) -> Tensor:
     rows, columns = phase.axes
     num_taps = sizes[0] * rows.taps.count * columns.taps.count
     summed = torch.empty(num_out, num_taps, num_channels, dtype=weight.dtype, device=weight.device)
-    block_c = min(256, triton.next_power_of_2(num_channels))
+    block_c = power_of_two(num_channels, 256)
     launch(
         _sum_taps_kernel,
         (num_out * num_taps, triton.cdiv(num_channels, block_c)),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels._triton import launch, planes
+from opensora_kernels._triton import launch, planes, power_of_two
 from opensora_kernels.norms import memory_format
 from opensora_kernels.tuning import configuration
 
@@ -33,8 +33,8 @@ def upsample_time_gradient(grad: Tensor, like_x: Tensor) -> Tensor:
 def _run(direction: str, x: Tensor, out: Tensor, num_interpolated: int) -> None:
     x_BCTP, out_BCTP = planes(x, memory_format(x), per_frame=True), planes(out, memory_format(out), per_frame=True)
     num_samples, num_channels, num_frames, num_positions = out_BCTP.shape
-    block_c = min(64, triton.next_power_of_2(num_channels))
-    default = {"BLOCK_P": min(4096 // block_c, triton.next_power_of_2(num_positions)), "BLOCK_C": block_c}
+    block_c = power_of_two(num_channels, 64)
+    default = {"BLOCK_P": power_of_two(num_positions, 4096 // block_c), "BLOCK_C": block_c}
     key = f"time {direction} C={num_channels} {x.dtype}"
     tile = configuration("upsample_conv3d", key, default | {"num_warps": 4}, x.device)
     num_tiles = triton.cdiv(num_positions, tile["BLOCK_P"])
