@@ -1,9 +1,9 @@
 """Queries, keys and values in Triton: where their heads lie, RMSNorm and rotation of a tile of them, both ways.
 
 Axes: O, P leading axes, L tokens, N heads, D head size, R rows (one head of one token each), F pairs of elements.
-A tile of rows is a tuple of tensors, (main,) or (main, tail), since few D are powers of two: 72 elements take 64 + 16
-lanes instead of 128. A tile of pairs is one of fp32 tensors, (first, second), the two elements of each pair, (R, F)
-each, or (first, second, tail_first, tail_second): the 36 pairs of D = 72 take 32 + 4 lanes instead of 64.
+A tile of rows is a tuple of tensors, slices of D, since few D are powers of two: slices of equal width, which share one
+layout, where a row's sums are needed (five of 16 for D = 72), a main one and a tail for large products of matrices
+(64 + 16). A tile of pairs is one of fp32 tensors, (first, second) of the pairs in each slice, slice after slice.
 """
 
 from __future__ import annotations
@@ -33,8 +33,17 @@ def views(*tensors: Tensor) -> list[Tensor]:
     return [(x if splits else x.contiguous()).view(outer, inner, *x.shape[-3:]) for x in tensors]
 
 
-def pieces(size: int, least: int = 1) -> tuple[int, int]:
-    """Powers of two (main, tail) that cover `size`, tail 0 where one alone covers it as tightly: 72 = 64 + 8."""
+def equal_slices(size: int, least: int = 1) -> tuple[int, int]:
+    """(width, number) of the widest slices that cover `size` with at most a fifth to spare; powers of two."""
+    width = triton.next_power_of_2(size)
+    while width > least and 5 * width * triton.cdiv(size, width) > 6 * size:
+        width //= 2
+    width = max(width, least)
+    return width, triton.cdiv(size, width)
+
+
+def main_and_tail(size: int, least: int) -> tuple[int, int]:
+    """Powers of two whose sum covers `size`, the second 0 where one alone does it as tightly: 72 = 64 + 8."""
     main = max(least, triton.next_power_of_2(size + 1) // 2)
     if main >= size:
         return main, 0
@@ -53,7 +62,7 @@ def norm_rope(
     x, weight, cos, sin, mask_r, eps, X: tl.constexpr, NUM_NORMED: tl.constexpr, NUM_SHARING: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROPE: tl.constexpr, IS_ROPE_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """What the reference makes of rows x of dtype X, rounding where it rounds; values of dtype X in fp32.
+    """What the reference makes of pairs x of dtype X, rounding where it rounds; values of dtype X in fp32.
 
     The mean is over NUM_NORMED elements, those of NUM_SHARING neighbouring rows.
     """
@@ -87,7 +96,9 @@ def norm_rope_backward(
         grad_weight = _times(grad, rounded(n, X))
         grad_n = _times(grad, weight)
         mean_r = _mean(_row_sums(_times(grad_n, n)), NUM_NORMED, NUM_SHARING)
-        grad = _norm_backward(grad_n, n, rstd_r, mean_r)
+        grad = ()
+        for i in tl.static_range(len(n)):
+            grad += (rstd_r[:, None] * (grad_n[i] - n[i] * mean_r[:, None]),)
         if IS_ROPE_FIRST:
             grad_turned = grad
             if HAS_ROPE:
@@ -100,36 +111,62 @@ def norm_rope_backward(
 
 @triton.jit
 def load_pairs(
-    ptr, offs_r, mask_r, stride_d, D: tl.constexpr, IS_INTERLEAVED: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
-):
-    """The rows that begin at `offs_r`, in fp32; 0 in rows where `mask_r` is False and beyond D."""
-    if TAIL > 0:
-        # Where both meet, the compiler moves what it found first into the layout of what it found last.
-        tail = _load_piece(ptr, offs_r, mask_r, stride_d, D, IS_INTERLEAVED, MAIN, TAIL)
-    x = _load_piece(ptr, offs_r, mask_r, stride_d, D, IS_INTERLEAVED, 0, MAIN)
-    if TAIL > 0:
-        x += tail
+    ptr, offs_r, mask_r, stride_d,
+    D: tl.constexpr, IS_INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """The rows that begin at `offs_r` as pairs: elements (2i, 2i + 1), loaded side by side, or (i, i + D/2).
+
+    0 in rows where `mask_r` is False and beyond D.
+    """
+    x = ()
+    HALF: tl.constexpr = D // 2
+    for i in tl.static_range(SLICES):
+        if IS_INTERLEAVED:
+            row = _load_lanes(ptr, offs_r, mask_r, stride_d, 2 * PAIRS * i, 2 * PAIRS, D).to(tl.float32)
+            first, second = tl.split(tl.reshape(row, [row.shape[0], PAIRS, 2]))
+        else:
+            first = _load_lanes(ptr, offs_r, mask_r, stride_d, PAIRS * i, PAIRS, HALF).to(tl.float32)
+            second = _load_lanes(ptr + HALF * stride_d, offs_r, mask_r, stride_d, PAIRS * i, PAIRS, HALF).to(tl.float32)
+        x += (first, second)
     return x
 
 
 @triton.jit
 def store_pairs(
     ptr, x, offs_r, mask_r, stride_d,
-    D: tl.constexpr, IS_INTERLEAVED: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, IS_INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    _store_piece(ptr, x[0], x[1], offs_r, mask_r, stride_d, D, IS_INTERLEAVED, 0, MAIN)
-    if TAIL > 0:
-        _store_piece(ptr, x[2], x[3], offs_r, mask_r, stride_d, D, IS_INTERLEAVED, MAIN, TAIL)
+    HALF: tl.constexpr = D // 2
+    for i in tl.static_range(SLICES):
+        if IS_INTERLEAVED:
+            row = tl.reshape(tl.join(x[2 * i], x[2 * i + 1]), [x[0].shape[0], 2 * PAIRS])
+            _store_lanes(ptr, row, offs_r, mask_r, stride_d, 2 * PAIRS * i, 2 * PAIRS, D)
+        else:
+            _store_lanes(ptr, x[2 * i], offs_r, mask_r, stride_d, PAIRS * i, PAIRS, HALF)
+            _store_lanes(ptr + HALF * stride_d, x[2 * i + 1], offs_r, mask_r, stride_d, PAIRS * i, PAIRS, HALF)
+
+
+@triton.jit
+def load_slices(ptr, offs_r, mask_r, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr):
+    """The first SIZE elements from `offs_r` on, in their own dtype, as slices of equal width."""
+    x = ()
+    for i in tl.static_range(SLICES):
+        x += (_load_lanes(ptr, offs_r, mask_r, stride, WIDTH * i, WIDTH, SIZE),)
+    return x
+
+
+@triton.jit
+def store_slices(ptr, x, offs_r, mask_r, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr):
+    for i in tl.static_range(SLICES):
+        _store_lanes(ptr, x[i], offs_r, mask_r, stride, WIDTH * i, WIDTH, SIZE)
 
 
 @triton.jit
 def load_rows(ptr, offs_r, mask_r, stride, SIZE: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
     """The first SIZE elements from `offs_r` on, in their own dtype, as (main,) or (main, tail)."""
-    if TAIL > 0:
-        tail = _load_lanes(ptr, offs_r, mask_r, stride, MAIN, TAIL, SIZE)  # before the main piece, as in load_pairs
     x = (_load_lanes(ptr, offs_r, mask_r, stride, 0, MAIN, SIZE),)
     if TAIL > 0:
-        x += (tail,)
+        x += (_load_lanes(ptr, offs_r, mask_r, stride, MAIN, TAIL, SIZE),)
     return x
 
 
@@ -141,10 +178,10 @@ def store_rows(ptr, x, offs_r, mask_r, stride, SIZE: tl.constexpr, MAIN: tl.cons
 
 
 @triton.jit
-def zero_pairs(ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    x = (tl.zeros([ROWS, MAIN], tl.float32), tl.zeros([ROWS, MAIN], tl.float32))
-    if TAIL > 0:
-        x += (tl.zeros([ROWS, TAIL], tl.float32), tl.zeros([ROWS, TAIL], tl.float32))
+def zero_slices(ROWS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr):
+    x = ()
+    for _ in tl.static_range(SLICES):
+        x += (tl.zeros([ROWS, WIDTH], tl.float32),)
     return x
 
 
@@ -157,27 +194,45 @@ def zero_rows(ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
 
 
 @triton.jit
+def joined(x, X: tl.constexpr):
+    """Pairs as slices of dtype X, the elements of a pair side by side whatever their order in memory was."""
+    rows = ()
+    for i in tl.static_range(len(x) // 2):
+        rows += (tl.reshape(tl.join(x[2 * i], x[2 * i + 1]), [x[0].shape[0], 2 * x[0].shape[1]]).to(X),)
+    return rows
+
+
+@triton.jit
+def parted(rows):
+    """Slices in which the elements of a pair lie side by side as pairs."""
+    x = ()
+    for i in tl.static_range(len(rows)):
+        x += tl.split(tl.reshape(rows[i], [rows[i].shape[0], rows[i].shape[1] // 2, 2]))
+    return x
+
+
+@triton.jit
 def dot_rows(x, y):
-    """x y^T of rows (main,) or (main, tail): one number for each row of x and each of y, in fp32."""
+    """x y^T, slice by slice: one number for each row of x and each of y, in fp32."""
     products = tl.dot(x[0], tl.trans(y[0]), input_precision="ieee")
-    if len(x) > 1:
-        products = tl.dot(x[1], tl.trans(y[1]), products, input_precision="ieee")
+    for i in tl.static_range(1, len(x)):
+        products = tl.dot(x[i], tl.trans(y[i]), products, input_precision="ieee")
     return products
 
 
 @triton.jit
 def dot_added(total, weights, x):
-    """total + weights x, piece by piece."""
-    result = (tl.dot(weights, x[0], total[0], input_precision="ieee"),)
-    if len(x) > 1:
-        result += (tl.dot(weights, x[1], total[1], input_precision="ieee"),)
+    """total + weights x, slice by slice."""
+    result = ()
+    for i in tl.static_range(len(x)):
+        result += (tl.dot(weights, x[i], total[i], input_precision="ieee"),)
     return result
 
 
 @triton.jit
 def added(x, y):
-    total = (x[0] + y[0],)
-    for i in tl.static_range(1, len(x)):
+    total = ()
+    for i in tl.static_range(len(x)):
         total += (x[i] + y[i],)
     return total
 
@@ -198,29 +253,15 @@ def _norm(x, weight, mask_r, eps, X: tl.constexpr, NUM_NORMED: tl.constexpr, NUM
 
 
 @triton.jit
-def _norm_backward(grad_n, n, rstd_r, mean_r):
-    grad = (
-        rstd_r[:, None] * (grad_n[0] - n[0] * mean_r[:, None]),
-        rstd_r[:, None] * (grad_n[1] - n[1] * mean_r[:, None]),
-    )
-    if len(n) > 2:
-        grad += (
-            rstd_r[:, None] * (grad_n[2] - n[2] * mean_r[:, None]),
-            rstd_r[:, None] * (grad_n[3] - n[3] * mean_r[:, None]),
-        )
-    return grad
-
-
-@triton.jit
 def _rotate(x, cos, sin, X: tl.constexpr):
-    y = _rotate_piece(x[0], x[1], cos[0], sin[0], X)
-    if len(x) > 2:
-        y += _rotate_piece(x[2], x[3], cos[1], sin[1], X)
+    y = ()
+    for i in tl.static_range(len(x) // 2):
+        y += _rotate_slice(x[2 * i], x[2 * i + 1], cos[i], sin[i], X)
     return y
 
 
 @triton.jit
-def _rotate_piece(first, second, cos, sin, X: tl.constexpr):
+def _rotate_slice(first, second, cos, sin, X: tl.constexpr):
     """Each product and each sum is rounded to the promoted dtype of what it is made of, and the result to X."""
     COS: tl.constexpr = X if cos.dtype == X else tl.float32
     SIN: tl.constexpr = X if sin.dtype == X else tl.float32
@@ -233,37 +274,38 @@ def _rotate_piece(first, second, cos, sin, X: tl.constexpr):
 
 @triton.jit
 def _rotate_back(grad, cos, sin):
-    x = _rotate_piece(grad[0], grad[1], cos[0].to(tl.float32), -sin[0].to(tl.float32), tl.float32)
-    if len(grad) > 2:
-        x += _rotate_piece(grad[2], grad[3], cos[1].to(tl.float32), -sin[1].to(tl.float32), tl.float32)
+    x = ()
+    for i in tl.static_range(len(grad) // 2):
+        wide_cos, wide_sin = cos[i].to(tl.float32), sin[i].to(tl.float32)
+        x += _rotate_slice(grad[2 * i], grad[2 * i + 1], wide_cos, -wide_sin, tl.float32)
     return x
 
 
 @triton.jit
 def _angle_gradients(x, grad):
     """Gradients of the cosines and sines that turned x: g1 a + g2 b and g2 a - g1 b of its pairs (a, b)."""
-    grad_cos = (grad[0] * x[0] + grad[1] * x[1],)
-    grad_sin = (grad[1] * x[0] - grad[0] * x[1],)
-    if len(x) > 2:
-        grad_cos += (grad[2] * x[2] + grad[3] * x[3],)
-        grad_sin += (grad[3] * x[2] - grad[2] * x[3],)
+    grad_cos, grad_sin = (), ()
+    for i in tl.static_range(len(x) // 2):
+        first, second, grad_first, grad_second = x[2 * i], x[2 * i + 1], grad[2 * i], grad[2 * i + 1]
+        grad_cos += (grad_first * first + grad_second * second,)
+        grad_sin += (grad_second * first - grad_first * second,)
     return grad_cos, grad_sin
 
 
 @triton.jit
 def _times(x, y):
-    product = (x[0] * y[0], x[1] * y[1])
-    if len(x) > 2:
-        product += (x[2] * y[2], x[3] * y[3])
+    product = ()
+    for i in tl.static_range(len(x)):
+        product += (x[i] * y[i],)
     return product
 
 
 @triton.jit
 def _row_sums(x):
-    total_r = tl.sum(x[0] + x[1], 1)
-    if len(x) > 2:
-        total_r += tl.sum(x[2] + x[3], 1)
-    return total_r
+    total = x[0]
+    for i in tl.static_range(1, len(x)):
+        total += x[i]
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -273,42 +315,6 @@ def _mean(total_r, NUM_NORMED: tl.constexpr, NUM_SHARING: tl.constexpr):
         shared = tl.broadcast_to(tl.sum(shared, 1)[:, None], shared.shape)
         total_r = tl.reshape(shared, total_r.shape)
     return total_r / NUM_NORMED
-
-
-@triton.jit
-def _load_piece(
-    ptr,
-    offs_r,
-    mask_r,
-    stride_d,
-    D: tl.constexpr,
-    IS_INTERLEAVED: tl.constexpr,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """Pairs START..START + SIZE - 1 of rows: elements (2i, 2i + 1), loaded side by side, or (i, i + D/2)."""
-    if IS_INTERLEAVED:
-        x = _load_lanes(ptr, offs_r, mask_r, stride_d, 2 * START, 2 * SIZE, D).to(tl.float32)
-        first, second = tl.split(tl.reshape(x, [x.shape[0], SIZE, 2]))
-        return first, second
-    HALF: tl.constexpr = D // 2
-    first = _load_lanes(ptr, offs_r, mask_r, stride_d, START, SIZE, HALF)
-    second = _load_lanes(ptr + HALF * stride_d, offs_r, mask_r, stride_d, START, SIZE, HALF)
-    return first.to(tl.float32), second.to(tl.float32)
-
-
-@triton.jit
-def _store_piece(
-    ptr, first, second, offs_r, mask_r, stride_d,
-    D: tl.constexpr, IS_INTERLEAVED: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    if IS_INTERLEAVED:
-        joined = tl.reshape(tl.join(first, second), [first.shape[0], 2 * SIZE])
-        _store_lanes(ptr, joined, offs_r, mask_r, stride_d, 2 * START, 2 * SIZE, D)
-    else:
-        HALF: tl.constexpr = D // 2
-        _store_lanes(ptr, first, offs_r, mask_r, stride_d, START, SIZE, HALF)
-        _store_lanes(ptr + HALF * stride_d, second, offs_r, mask_r, stride_d, START, SIZE, HALF)
 
 
 @triton.jit

@@ -13,20 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opensora_kernels._triton import dense, launch
+from opensora_kernels._triton import dense, launch, power_of_two
 from opensora_kernels.triton_heads import (
     added,
+    equal_slices,
     load_pairs,
-    load_rows,
+    load_slices,
     norm_rope,
     norm_rope_backward,
-    pieces,
     rounded,
     store_pairs,
-    store_rows,
+    store_slices,
     views,
-    zero_pairs,
-    zero_rows,
+    zero_slices,
 )
 from opensora_kernels.tuning import configuration, num_row_programs
 
@@ -77,8 +76,8 @@ def backward(
         torch.zeros_like(x) if grad is None else grad.contiguous() for x, grad in zip((q, k), grads, strict=True)
     )
     q_OPLND, k_OPLND, grad_q, grad_k = views(q, k, torch.empty_like(q), torch.empty_like(k))
-    tile = _tile("backward", q, norm_scope)
     wants_weight, wants_angles = any(wanted[2:4]), any(wanted[4:6])
+    tile = _tile("backward of angles" if wants_angles else "backward", q, norm_scope)
     num_l_blocks = max(1, triton.cdiv(q.shape[-3], tile["BLOCK_L"]))
     num_blocks = [_num_blocks(x, tile) for x in (q_OPLND, k_OPLND)]
     num_programs = [num_row_programs(blocks, 1) for blocks in num_blocks]
@@ -116,14 +115,17 @@ def _sums_of_tokens(angles_2KLF: Tensor, num_l_blocks: int, num_tokens: int) -> 
 def _tile(direction: str, q: Tensor, norm_scope: str) -> dict[str, Any]:
     """Some tokens with as many of their heads as a power of two allows, or all where they share a mean."""
     num_tokens, num_heads, head_size = q.shape[-3:]
-    main, tail = pieces((head_size + 1) // 2)
+    pairs, num_slices = equal_slices((head_size + 1) // 2)
     all_heads = triton.next_power_of_2(num_heads)
     block_n = all_heads if norm_scope == "token" else max(num_heads & -num_heads, min(4, all_heads))
     elements = 4096 if direction == "forward" else 2048  # the backward pass holds x, its gradient and sums
-    block_l = max(1, min(triton.next_power_of_2(num_tokens), elements // (block_n * 2 * main)))
-    default = {"BLOCK_L": block_l, "BLOCK_N": block_n, "num_warps": 4 if block_n * main <= 2048 else 8}
+    block_l = power_of_two(num_tokens, max(1, elements * 2 // (block_n * triton.next_power_of_2(head_size + 1))))
+    # a vector of 16 bytes of bf16 to a thread and slice, or half of one where sums of angles take as many registers
+    num_vectors = block_l * block_n * pairs // (2 if direction == "backward of angles" else 4)
+    num_warps = min(16 if norm_scope == "token" else 4, max(1, num_vectors // 32))
+    default = {"BLOCK_L": block_l, "BLOCK_N": block_n, "num_warps": num_warps}
     key = f"{direction} N={num_heads} D={head_size} {norm_scope} {q.dtype}"
-    return {"MAIN": main, "TAIL": tail, **configuration("qk_norm_rope", key, default, q.device)}
+    return {"PAIRS": pairs, "SLICES": num_slices, **configuration("qk_norm_rope", key, default, q.device)}
 
 
 def _num_blocks(x_OPLND: Tensor, tile: dict[str, Any]) -> int:
@@ -163,7 +165,7 @@ def _qk_norm_rope_forward_kernel(
     STRIDE_QN: tl.constexpr, STRIDE_KN: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROPE: tl.constexpr, IS_ROPE_FIRST: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr, IS_TOKEN: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """The first programs take q, a tile each, the others k."""
     program = tl.program_id(0)
@@ -171,13 +173,13 @@ def _qk_norm_rope_forward_kernel(
         _forward_tile(
             program, q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, num_inner, num_q_tokens,
             stride_qo, stride_qp, stride_ql, stride_qd, eps, STRIDE_QN, NUM_HEADS, HEAD_SIZE,
-            HAS_NORM, HAS_ROPE, IS_ROPE_FIRST, IS_INTERLEAVED, IS_TOKEN, BLOCK_L, BLOCK_N, MAIN, TAIL,
+            HAS_NORM, HAS_ROPE, IS_ROPE_FIRST, IS_INTERLEAVED, IS_TOKEN, BLOCK_L, BLOCK_N, PAIRS, SLICES,
         )  # fmt: skip
     else:
         _forward_tile(
             program - num_q_blocks, k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, num_inner, num_k_tokens,
             stride_ko, stride_kp, stride_kl, stride_kd, eps, STRIDE_KN, NUM_HEADS, HEAD_SIZE,
-            HAS_NORM, HAS_ROPE, IS_ROPE_FIRST, IS_INTERLEAVED, IS_TOKEN, BLOCK_L, BLOCK_N, MAIN, TAIL,
+            HAS_NORM, HAS_ROPE, IS_ROPE_FIRST, IS_INTERLEAVED, IS_TOKEN, BLOCK_L, BLOCK_N, PAIRS, SLICES,
         )  # fmt: skip
 
 
@@ -188,21 +190,21 @@ def _forward_tile(
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROPE: tl.constexpr, IS_ROPE_FIRST: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr, IS_TOKEN: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     X: tl.constexpr = x_ptr.dtype.element_ty
     o, p, offs_l, offs_n, mask_r = _place(block, num_inner, num_tokens, NUM_HEADS, BLOCK_L, BLOCK_N)
     offs_x = o * stride_xo + p * stride_xp + offs_l * stride_xl + offs_n * STRIDE_XN
-    x = load_pairs(x_ptr, offs_x, mask_r, stride_xd, HEAD_SIZE, IS_INTERLEAVED, MAIN, TAIL)
+    x = load_pairs(x_ptr, offs_x, mask_r, stride_xd, HEAD_SIZE, IS_INTERLEAVED, PAIRS, SLICES)
     weight, cos, sin = _parameters(
         weight_ptr, cos_ptr, sin_ptr, offs_l, offs_n, mask_r, X, HEAD_SIZE,
-        HAS_NORM, HAS_ROPE, IS_INTERLEAVED, IS_TOKEN, MAIN, TAIL,
+        HAS_NORM, HAS_ROPE, IS_INTERLEAVED, IS_TOKEN, PAIRS, SLICES,
     )  # fmt: skip
     NUM_SHARING: tl.constexpr = BLOCK_N if IS_TOKEN else 1
     NUM_NORMED: tl.constexpr = NUM_HEADS * HEAD_SIZE if IS_TOKEN else HEAD_SIZE
     x = norm_rope(x, weight, cos, sin, mask_r, eps, X, NUM_NORMED, NUM_SHARING, HAS_NORM, HAS_ROPE, IS_ROPE_FIRST)
     offs_out = (((o * num_inner + p) * num_tokens + offs_l) * NUM_HEADS + offs_n) * HEAD_SIZE
-    store_pairs(out_ptr, x, offs_out, mask_r, 1, HEAD_SIZE, IS_INTERLEAVED, MAIN, TAIL)
+    store_pairs(out_ptr, x, offs_out, mask_r, 1, HEAD_SIZE, IS_INTERLEAVED, PAIRS, SLICES)
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def _qk_norm_rope_backward_kernel(
     WANTS_WEIGHT: tl.constexpr, WANTS_ANGLES: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROPE: tl.constexpr, IS_ROPE_FIRST: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr, IS_TOKEN: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """The first programs take q, every so many tiles each, the others k."""
     program = tl.program_id(0)
@@ -226,7 +228,7 @@ def _qk_norm_rope_backward_kernel(
             weight_partial_ptr, angles_partial_ptr, num_inner, num_q_tokens, stride_qo, stride_qp, stride_ql, stride_qd,
             stride_gqo, stride_gqp, stride_gql, stride_gqd, eps, STRIDE_QN, STRIDE_GQN, WANTS_WEIGHT, WANTS_ANGLES,
             NUM_HEADS, HEAD_SIZE, HAS_NORM, HAS_ROPE, IS_ROPE_FIRST, IS_INTERLEAVED, IS_TOKEN,
-            BLOCK_L, BLOCK_N, MAIN, TAIL,
+            BLOCK_L, BLOCK_N, PAIRS, SLICES,
         )  # fmt: skip
     else:
         _backward_tiles(
@@ -234,7 +236,7 @@ def _qk_norm_rope_backward_kernel(
             sin_ptr, grad_k_out_ptr, grad_k_ptr, weight_partial_ptr, angles_partial_ptr, num_inner, num_k_tokens,
             stride_ko, stride_kp, stride_kl, stride_kd, stride_gko, stride_gkp, stride_gkl, stride_gkd, eps,
             STRIDE_KN, STRIDE_GKN, WANTS_WEIGHT, WANTS_ANGLES, NUM_HEADS, HEAD_SIZE,
-            HAS_NORM, HAS_ROPE, IS_ROPE_FIRST, IS_INTERLEAVED, IS_TOKEN, BLOCK_L, BLOCK_N, MAIN, TAIL,
+            HAS_NORM, HAS_ROPE, IS_ROPE_FIRST, IS_INTERLEAVED, IS_TOKEN, BLOCK_L, BLOCK_N, PAIRS, SLICES,
         )  # fmt: skip
 
 
@@ -246,29 +248,29 @@ def _backward_tiles(
     WANTS_WEIGHT: tl.constexpr, WANTS_ANGLES: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROPE: tl.constexpr, IS_ROPE_FIRST: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr, IS_TOKEN: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     X: tl.constexpr = x_ptr.dtype.element_ty
     NUM_SHARING: tl.constexpr = BLOCK_N if IS_TOKEN else 1
     NUM_NORMED: tl.constexpr = NUM_HEADS * HEAD_SIZE if IS_TOKEN else HEAD_SIZE
     NUM_ROWS: tl.constexpr = BLOCK_L * BLOCK_N
-    total_cos, total_sin = zero_rows(NUM_ROWS, MAIN, TAIL), zero_rows(NUM_ROWS, MAIN, TAIL)
-    total_weight = zero_pairs(NUM_ROWS, MAIN, TAIL)
+    total_cos, total_sin = zero_slices(NUM_ROWS, PAIRS, SLICES), zero_slices(NUM_ROWS, PAIRS, SLICES)
+    total_weight = zero_slices(NUM_ROWS, PAIRS, 2 * SLICES)
     for block in range(first_block, num_blocks, num_programs):
         o, p, offs_l, offs_n, mask_r = _place(block, num_inner, num_tokens, NUM_HEADS, BLOCK_L, BLOCK_N)
         offs_x = o * stride_xo + p * stride_xp + offs_l * stride_xl + offs_n * STRIDE_XN
         offs_out = (((o * num_inner + p) * num_tokens + offs_l) * NUM_HEADS + offs_n) * HEAD_SIZE
-        x = load_pairs(x_ptr, offs_x, mask_r, stride_xd, HEAD_SIZE, IS_INTERLEAVED, MAIN, TAIL)
-        grad = load_pairs(grad_out_ptr, offs_out, mask_r, 1, HEAD_SIZE, IS_INTERLEAVED, MAIN, TAIL)
+        x = load_pairs(x_ptr, offs_x, mask_r, stride_xd, HEAD_SIZE, IS_INTERLEAVED, PAIRS, SLICES)
+        grad = load_pairs(grad_out_ptr, offs_out, mask_r, 1, HEAD_SIZE, IS_INTERLEAVED, PAIRS, SLICES)
         weight, cos, sin = _parameters(
             weight_ptr, cos_ptr, sin_ptr, offs_l, offs_n, mask_r, X, HEAD_SIZE,
-            HAS_NORM, HAS_ROPE, IS_INTERLEAVED, IS_TOKEN, MAIN, TAIL,
+            HAS_NORM, HAS_ROPE, IS_INTERLEAVED, IS_TOKEN, PAIRS, SLICES,
         )  # fmt: skip
         grad, grad_weight, grad_cos, grad_sin = norm_rope_backward(
             x, grad, weight, cos, sin, mask_r, eps, X, NUM_NORMED, NUM_SHARING, HAS_NORM, HAS_ROPE, IS_ROPE_FIRST
         )
         offs_x = o * stride_go + p * stride_gp + offs_l * stride_gl + offs_n * STRIDE_GN
-        store_pairs(grad_x_ptr, grad, offs_x, mask_r, stride_gd, HEAD_SIZE, IS_INTERLEAVED, MAIN, TAIL)
+        store_pairs(grad_x_ptr, grad, offs_x, mask_r, stride_gd, HEAD_SIZE, IS_INTERLEAVED, PAIRS, SLICES)
         if WANTS_WEIGHT:
             total_weight = added(total_weight, grad_weight)
         if WANTS_ANGLES:
@@ -280,14 +282,14 @@ def _backward_tiles(
         total_weight = _summed(total_weight, NUM_ROWS // NUM_SHARING, NUM_SHARING, 0)
         offs_w = program * num_weights + offs_r.to(tl.int64) * HEAD_SIZE
         mask_w = offs_r * HEAD_SIZE < num_weights
-        store_pairs(weight_partial_ptr, total_weight, offs_w, mask_w, 1, HEAD_SIZE, IS_INTERLEAVED, MAIN, TAIL)
+        store_pairs(weight_partial_ptr, total_weight, offs_w, mask_w, 1, HEAD_SIZE, IS_INTERLEAVED, PAIRS, SLICES)
     if WANTS_ANGLES:
         total_cos, total_sin = _summed(total_cos, BLOCK_L, BLOCK_N, 1), _summed(total_sin, BLOCK_L, BLOCK_N, 1)
         offs_l = program * BLOCK_L + tl.arange(0, BLOCK_L)
         offs_a = offs_l * (HEAD_SIZE // 2)
         offs_sin = (tl.num_programs(0).to(tl.int64) * BLOCK_L + offs_l) * (HEAD_SIZE // 2)
-        store_rows(angles_partial_ptr, total_cos, offs_a, offs_l >= 0, 1, HEAD_SIZE // 2, MAIN, TAIL)
-        store_rows(angles_partial_ptr, total_sin, offs_sin, offs_l >= 0, 1, HEAD_SIZE // 2, MAIN, TAIL)
+        store_slices(angles_partial_ptr, total_cos, offs_a, offs_l >= 0, 1, HEAD_SIZE // 2, PAIRS, SLICES)
+        store_slices(angles_partial_ptr, total_sin, offs_sin, offs_l >= 0, 1, HEAD_SIZE // 2, PAIRS, SLICES)
 
 
 @triton.jit
@@ -308,18 +310,18 @@ def _place(block, num_inner, num_tokens, NUM_HEADS: tl.constexpr, BLOCK_L: tl.co
 def _parameters(
     weight_ptr, cos_ptr, sin_ptr, offs_l, offs_n, mask_r, X: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROPE: tl.constexpr, IS_INTERLEAVED: tl.constexpr, IS_TOKEN: tl.constexpr,
-    MAIN: tl.constexpr, TAIL: tl.constexpr,
+    PAIRS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """Weights, rounded to X, cosines and sines of a tile's rows; one row of weights where all heads share them."""
     weight, cos, sin = (offs_l,), (offs_l,), (offs_l,)
     if HAS_NORM:
         offs_w = offs_n * HEAD_SIZE if IS_TOKEN else tl.zeros([1], tl.int64)
         mask_w = mask_r if IS_TOKEN else tl.full([1], True, tl.int1)
-        weight = load_pairs(weight_ptr, offs_w, mask_w, 1, HEAD_SIZE, IS_INTERLEAVED, MAIN, TAIL)
+        weight = load_pairs(weight_ptr, offs_w, mask_w, 1, HEAD_SIZE, IS_INTERLEAVED, PAIRS, SLICES)
         weight = rounded(weight, X)
     if HAS_ROPE:
-        cos = load_rows(cos_ptr, offs_l * (HEAD_SIZE // 2), mask_r, 1, HEAD_SIZE // 2, MAIN, TAIL)
-        sin = load_rows(sin_ptr, offs_l * (HEAD_SIZE // 2), mask_r, 1, HEAD_SIZE // 2, MAIN, TAIL)
+        cos = load_slices(cos_ptr, offs_l * (HEAD_SIZE // 2), mask_r, 1, HEAD_SIZE // 2, PAIRS, SLICES)
+        sin = load_slices(sin_ptr, offs_l * (HEAD_SIZE // 2), mask_r, 1, HEAD_SIZE // 2, PAIRS, SLICES)
     return weight, cos, sin
 
 
