@@ -10,8 +10,14 @@ from torch.utils import _pytree as pytree
 NUM_ULP = 4
 
 
-def assert_accurate(actual: object, at_same_dtype: object, truth: object, what: str) -> None:
-    """Max and RMS error of `actual` against `truth` at most twice that of `at_same_dtype`, plus NUM_ULP; no NaN."""
+def assert_accurate(
+    actual: object, at_same_dtype: object, truth: object, what: str, *, coarsest: torch.dtype | None = None
+) -> None:
+    """Max and RMS error of `actual` against `truth` at most twice that of `at_same_dtype`, plus NUM_ULP; no NaN.
+
+    ULP are those of each result's dtype or, if coarser, of `coarsest`: an fp32 gradient of fp32 angles that is computed
+    from bf16 numbers is no better than they are.
+    """
     triples = zip(*(_tensors(tree) for tree in (actual, at_same_dtype, truth)), strict=True)
     for index, (have, plain, true) in enumerate(triples):
         assert have.shape == true.shape, f"{what}[{index}]: shape {tuple(have.shape)}, truth {tuple(true.shape)}"
@@ -21,7 +27,8 @@ def assert_accurate(actual: object, at_same_dtype: object, truth: object, what: 
         if not have.is_floating_point():
             assert torch.equal(have, true), f"{what}[{index}]: values differ"
             continue
-        slack = NUM_ULP * torch.finfo(have.dtype).eps * true.abs().max().item()
+        eps = max(torch.finfo(dtype).eps for dtype in (have.dtype, coarsest or have.dtype))
+        slack = NUM_ULP * eps * true.abs().max().item()
         for name, size in (("max", _max), ("rms", _rms)):
             error, allowed = size(have.double() - true), 2 * size(plain.double() - true) + slack
             assert error <= allowed, f"{what}[{index}]: {name} error {error:.3g}, allowed {allowed:.3g}"

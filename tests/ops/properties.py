@@ -76,7 +76,9 @@ def assert_triton_is_accurate(op: str, arguments: dict[str, Any], wanted: list[s
     truth = _results_and_gradients(op, "reference", arguments, wanted, torch.float64)
     at_same_dtype = _results_and_gradients(op, "reference", arguments, wanted)
     actual = _results_and_gradients(op, "triton", arguments, wanted)
-    assert_accurate(actual, at_same_dtype, truth, op)
+    dtypes = [x.dtype for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point()]
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    assert_accurate(actual, at_same_dtype, truth, op, coarsest=coarsest)
 
 
 def _results_and_gradients(
