@@ -23,6 +23,7 @@ from .backends import Implementation
 _NAMESPACE = "opensora_kernels"
 _library = torch.library.Library(_NAMESPACE, "DEF")
 _saving: set[str] = set()
+_keeping: dict[str, Callable[..., bool]] = {}
 _casting: dict[str, list[int]] = {}
 
 
@@ -41,8 +42,8 @@ def register_op(
     `reference` takes the same arguments in the same order. It also serves as the shape rule: every other
     implementation returns tensors of the reference's shapes, dtypes and strides, aliasing none of the inputs.
     `saves`: the registered operator returns a list, the one result and what a backend keeps for its backward pass.
-    `keeps`: for an operator of several results, whether those of a call are themselves kept for a backend's backward
-    pass, which gets them as `saved`.
+    `keeps`: whether the results of a call are themselves kept for a backend's backward pass, which gets them at the
+    head of `saved`.
     `casts`: arguments that autocast brings to its dtype, as it does for PyTorch's own convolutions and matrix products.
     """
     arguments, result = schema.rsplit(" -> ", 1)
@@ -53,6 +54,8 @@ def register_op(
     backends.register(op, "reference", Implementation(reference, is_plain=True))
     if saves:
         _saving.add(op)
+    if keeps is not None:
+        _keeping[op] = keeps
     names = [argument.split()[1] for argument in arguments[1:-1].split(", ")]
     _casting[op] = [names.index(name) for name in casts]
 
@@ -83,9 +86,7 @@ def register_op(
         leaves, ctx.structure = pytree.tree_flatten(inputs)
         ctx.tensor_positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        saved = list(output[1:]) if saves else []
-        if keeps is not None and keeps(*inputs[:-1]):
-            saved = list(output)
+        saved = saved_of(op, inputs[:-1], output)
         ctx.set_materialize_grads(False)  # a result that nothing used has no gradient, not one of zeros
         ctx.num_saved = len(saved)
         ctx.save_for_backward(*saved, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
@@ -130,6 +131,13 @@ def call(op: str, *arguments: Any) -> Any:
         return chosen.forward(*arguments)  # autocast sees into it
     result = getattr(torch.ops.opensora_kernels, op)(*cast, backend)
     return result[0] if op in _saving else result
+
+
+def saved_of(op: str, values: tuple[Any, ...], results: Any) -> list[Tensor]:
+    """Which of the results of the registered operator, called with `values`, its backward pass gets as `saved`."""
+    if op in _keeping and _keeping[op](*values):
+        return list(results)
+    return list(results[1:]) if op in _saving else []
 
 
 def _implement(name: str, run: Callable[..., Any], shape_rule: Callable[..., Any]) -> None:

@@ -3,8 +3,8 @@
 python -m tests.ahead_of_time [--op OP] [--targets sm_90 gfx942] [--first] [--jobs N] [--output table.md]
 
 Launches are recorded on meta tensors, with the shapes of the releases and in bf16, forward and backward; each kernel is
-then compiled once per target, signature and constants. A spill fails, and so does a matrix kernel without wgmma on
-sm_90. This process must not have TRITON_INTERPRET set.
+then compiled once per target, signature and constants. A spill fails, as do more shared memory than there is and, on
+sm_90, a product of matrices of 64 or more rows without wgmma. This process must not have TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import opensora_kernels
-from opensora_kernels import _triton, backends
+from opensora_kernels import _triton, backends, registration
 from opensora_kernels.cases import Case, Maker
 from tests.ops.contract import OPS, cases_of
 
@@ -39,6 +40,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_MOST_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.bool: "i1",
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
@@ -68,10 +70,6 @@ class Launch:
         ]
         return " ".join(f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in values)
 
-    @property
-    def has_matrix_product(self) -> bool:
-        return "tl.dot(" in self.kernel.src
-
 
 @dataclass(frozen=True)
 class Report:
@@ -79,6 +77,7 @@ class Report:
     spilled_bytes: int
     shared_bytes: int
     num_wgmma: int
+    has_tall_product: bool = False  # of 16-bit matrices, the first of at least the 64 rows that one wgmma takes
 
 
 def launches(op: str, case: Case) -> list[Launch]:
@@ -102,8 +101,8 @@ def compile_for(launch: Launch, target: GPUTarget) -> Report:
 
 
 def different_launches(op: str, *, only_first: bool = False) -> list[Launch]:
-    """Those of the large cases of `op`, or of the first of them, without repetition."""
-    cases = [case for case in cases_of(op) if case.is_large]
+    """Those of the large cases that Triton serves of `op`, or of the first of them, without repetition."""
+    cases = [case for case in cases_of(op) if case.is_large and _is_served(op, case)]
     return list(dict.fromkeys(launch for case in cases[: 1 if only_first else None] for launch in launches(op, case)))
 
 
@@ -117,7 +116,7 @@ def table_rows(op: str, only_first: bool, targets: list[str]) -> list[tuple[str,
             except Exception as error:  # every kind of compiler error is a row of the table
                 report = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             problem = fault(target, launch, report)
-            figures = ("",) * 4 if isinstance(report, str) else vars(report).values()
+            figures = ("",) * 4 if isinstance(report, str) else list(vars(report).values())[:4]
             cells = (op, launch.name, launch.shown, target, *figures, problem or "")
             rows.append((f"| {' | '.join(map(str, cells))} |", problem is not None))
     return rows
@@ -129,17 +128,28 @@ def fault(target: str, launch: Launch, report: Report | str) -> str | None:
         return report
     if report.spilled_bytes:
         return f"spills {report.spilled_bytes} bytes"
-    if target == "sm_90" and launch.has_matrix_product and not report.num_wgmma:
+    if report.shared_bytes > _MOST_SHARED_BYTES[target]:
+        return f"takes more shared memory than the {_MOST_SHARED_BYTES[target]} bytes there are"
+    if target == "sm_90" and report.has_tall_product and not report.num_wgmma:
         return "has no wgmma"
     return None
 
 
-def _run_on_meta(op: str, case: Case) -> None:
+def _arguments_on_meta(op: str, case: Case) -> tuple[Any, ...]:
     def to_meta(leaf: Any) -> Any:
         return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
 
     arguments = pytree.tree_map(to_meta, case.make(_MetaMaker(dtype=torch.bfloat16)))
-    flat = backends.flat_arguments(op, **arguments)
+    return backends.flat_arguments(op, **arguments)
+
+
+def _is_served(op: str, case: Case) -> bool:
+    with mock.patch.object(_triton, "why_not", return_value=None):  # the reason against tensors on the meta device
+        return backends.why_not(op, "triton", *_arguments_on_meta(op, case)) is None
+
+
+def _run_on_meta(op: str, case: Case) -> None:
+    flat = _arguments_on_meta(op, case)
     leaves = [leaf for leaf in pytree.tree_leaves(flat) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -147,7 +157,7 @@ def _run_on_meta(op: str, case: Case) -> None:
     with torch.no_grad():
         results = [leaf for leaf in pytree.tree_leaves(chosen.forward(*flat)) if isinstance(leaf, Tensor)]
         saved_like = chosen.saved_like
-        saved = results[1:] if saved_like else []
+        saved = registration.saved_of(op, flat, results) if saved_like else []
         grads = [torch.empty_like(out) for out in (results[:1] if saved_like else results)]
         wanted = [
             any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(value))
@@ -199,7 +209,10 @@ def _report_of_nvidia(compiled: Any, arch: int) -> Report:
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = [int(size) for size in re.findall(r"(\d+) bytes spill", log)]
     registers = int(re.search(r"Used (\d+) registers", log)[1])
-    return Report(registers, sum(spills), compiled.metadata.shared, len(re.findall(r"wgmma\.mma_async", ptx)))
+    num_wgmma = len(re.findall(r"wgmma\.mma_async", ptx))
+    rows_of_products = re.findall(r"tt\.dot .* : tensor<(\d+)x\d+x(?:bf16|f16)>", compiled.asm["ttir"])
+    has_tall_product = any(int(rows) >= 64 for rows in rows_of_products)
+    return Report(registers, sum(spills), compiled.metadata.shared, num_wgmma, has_tall_product)
 
 
 def _report_of_amd(compiled: Any) -> Report:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from opensora_kernels import attention, backends, use
+from opensora_kernels import _triton, attention, backends, use
+from tests.ops.properties import DTYPES as SHORT_DTYPES
+from tests.ops.properties import LEADING, MEMORY, Numbers, assert_triton_is_accurate, heads, interpreted
 
-BACKENDS = pytest.mark.parametrize("backend", backends.backends_of("attention"))
+_CAN_RUN_TRITON = _triton.why_not(torch.device("cpu")) is None
+BACKENDS = pytest.mark.parametrize(
+    "backend", [name for name in backends.backends_of("attention") if name != "triton" or _CAN_RUN_TRITON]
+)
+# Triton kernels compute in fp32.
+DTYPES = {"reference": torch.float64, "library": torch.float64, "triton": torch.float32}
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -27,7 +39,8 @@ def one_query_at_a_time(q_LND: Tensor, k_KND: Tensor, v_KND: Tensor, scale: floa
 
 @BACKENDS
 def test_equals_sums_over_keys_written_out(backend: str):
-    q, k, v = draw(4, 2, 6, seed=1), draw(5, 2, 6, seed=2), draw(5, 2, 6, seed=3)
+    dtype = DTYPES[backend]
+    q, k, v = (draw(size, 2, 6, seed=seed, dtype=dtype) for seed, size in enumerate((4, 5, 5)))
     with use(attention=backend):
         torch.testing.assert_close(attention(q, k, v), one_query_at_a_time(q, k, v, 6**-0.5))
         torch.testing.assert_close(attention(q, k, v, scale=0.3), one_query_at_a_time(q, k, v, 0.3))
@@ -35,8 +48,8 @@ def test_equals_sums_over_keys_written_out(backend: str):
 
 @BACKENDS
 def test_padded_and_packed_keys_equal_each_sample_alone(backend: str):
-    lengths = [3, 5, 1]
-    q, k, v = draw(3, 4, 2, 6, seed=1), draw(3, 5, 2, 6, seed=2), draw(3, 5, 2, 6, seed=3)
+    lengths, dtype = [3, 5, 1], DTYPES[backend]
+    q, k, v = (draw(3, size, 2, 6, seed=seed, dtype=dtype) for seed, size in enumerate((4, 5, 5)))
     keys = [k[index, :length] for index, length in enumerate(lengths)]
     values = [v[index, :length] for index, length in enumerate(lengths)]
     want = torch.stack([one_query_at_a_time(*sample, 6**-0.5) for sample in zip(q, keys, values, strict=True)])
@@ -49,9 +62,10 @@ def test_padded_and_packed_keys_equal_each_sample_alone(backend: str):
 @BACKENDS
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_a_sample_without_keys_gives_zeros_and_finite_gradients(backend: str, is_packed: bool):
-    lengths = [0, 3]
-    q = draw(2, 4, 2, 6, seed=1).requires_grad_()
-    k, v = ((draw(3, 2, 6, seed=s) if is_packed else draw(2, 4, 2, 6, seed=s)).requires_grad_() for s in (2, 3))
+    lengths, dtype = [0, 3], DTYPES[backend]
+    q = draw(2, 4, 2, 6, seed=1, dtype=dtype).requires_grad_()
+    shape = (3, 2, 6) if is_packed else (2, 4, 2, 6)
+    k, v = (draw(*shape, seed=seed, dtype=dtype).requires_grad_() for seed in (2, 3))
     with use(attention=backend):
         out = attention(q, k, v, key_lengths=torch.tensor(lengths))
     assert torch.equal(out[0], torch.zeros_like(out[0]))
@@ -65,7 +79,8 @@ def test_a_sample_without_keys_gives_zeros_and_finite_gradients(backend: str, is
 
 @BACKENDS
 def test_keys_beyond_the_lengths_have_no_influence(backend: str):
-    q, k, v = draw(2, 4, 2, 6, seed=1), draw(2, 5, 2, 6, seed=2), draw(2, 5, 2, 6, seed=3)
+    dtype = DTYPES[backend]
+    q, k, v = (draw(2, size, 2, 6, seed=seed, dtype=dtype) for seed, size in enumerate((4, 5, 5)))
     lengths = torch.tensor([2, 4])
     with use(attention=backend):
         before = attention(q, k, v, key_lengths=lengths)
@@ -76,7 +91,8 @@ def test_keys_beyond_the_lengths_have_no_influence(backend: str):
 
 @BACKENDS
 def test_packed_rows_after_the_sum_of_lengths_have_no_influence(backend: str):
-    q, k, v = draw(2, 4, 2, 6, seed=1), draw(7, 2, 6, seed=2), draw(7, 2, 6, seed=3)
+    dtype = DTYPES[backend]
+    q, k, v = draw(2, 4, 2, 6, seed=1, dtype=dtype), *(draw(7, 2, 6, seed=seed, dtype=dtype) for seed in (2, 3))
     lengths = torch.tensor([2, 3])
     with use(attention=backend):
         have, want = (attention(q, k[:end], v[:end], key_lengths=lengths) for end in (7, 5))
@@ -117,3 +133,54 @@ def test_the_library_never_holds_the_scores():
         attention(q, q, q)
     largest = max(event.self_cpu_memory_usage for event in profile.key_averages())
     assert largest < 64e6, f"one operator allocated {largest / 1e6:.0f} MB"
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    numbers = Numbers(draw(st.integers(0, 2**16)), draw(SHORT_DTYPES))
+    is_packed = draw(st.booleans())
+    leading = (draw(st.integers(0, 3)),) if is_packed else draw(LEADING)
+    num_queries, num_keys, num_heads = draw(st.integers(1, 40)), draw(st.integers(0, 40)), draw(st.integers(1, 3))
+    head_size = draw(st.sampled_from([1, 8, 18, 40, 72]))
+    sizes = (num_heads, head_size)
+    (q,) = heads(numbers, draw(MEMORY), 1, leading, num_queries, *sizes)
+    k, v = heads(numbers, draw(MEMORY), 2, () if is_packed else leading, num_keys, *sizes)
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "scale": draw(st.sampled_from([None, 0.3]))}
+    if is_packed:
+        cuts = sorted(draw(st.lists(st.integers(0, num_keys), min_size=leading[0], max_size=leading[0])))
+        arguments["key_lengths"] = torch.tensor(cuts, dtype=torch.int64).diff(prepend=torch.tensor([0]))
+    elif draw(st.booleans()):
+        arguments["key_lengths"] = numbers.integers(num_keys + 1, *leading)
+    return arguments
+
+
+@interpreted
+@given(calls(), st.data(), st.sampled_from([(16, 16), (32, 16), (16, 64)]), st.sampled_from([1, 1000]))
+def test_triton_is_as_accurate_as_pytorch(call: dict[str, Any], data: st.DataObject, block: tuple, programs: int):
+    from opensora_kernels.ops.attention import triton_kernel
+
+    # a single key has weight 1 whatever its score: PyTorch's gradients of scores are exactly 0, tested below
+    lengths = call.get("key_lengths", torch.tensor(call["k"].shape[-3]))
+    assume(not lengths.numel() or lengths.max() != 1)
+    wanted = data.draw(st.lists(st.sampled_from(["q", "k", "v"]), unique=True))
+    tile = {"BLOCK_L": block[0], "BLOCK_K": block[1], "num_warps": 4, "num_stages": 2}
+    with (
+        mock.patch.object(triton_kernel, "configuration", return_value=tile),
+        mock.patch.object(triton_kernel, "_QUERIES_OF_SPLIT", 16),
+        mock.patch.object(triton_kernel, "_FEWEST_PROGRAMS", programs),
+    ):
+        assert_triton_is_accurate("attention", call, wanted)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_scores_of_a_single_key_cancel_up_to_rounding(dtype: torch.dtype):
+    """g v^T - sum(g out), with out = v: two sums of D products in different order, the error of each below D eps."""
+    q, k, v = (draw(2, size, 3, 40, seed=seed, dtype=dtype).requires_grad_() for seed, size in enumerate((6, 1, 1)))
+    grad = draw(2, 6, 3, 40, seed=4, dtype=dtype)
+    with use(attention="triton"):
+        out = attention(q, k, v)
+    grad_q, grad_k = torch.autograd.grad(out, (q, k), grad)
+    largest = (grad.abs() * v.abs()).float().sum(-1).max() * 40 * 2 * torch.finfo(torch.float32).eps * 40**-0.5
+    assert grad_q.abs().max() <= largest * k.abs().max()
+    assert grad_k.abs().max() <= largest * q.abs().sum(1).max()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from opensora_kernels import backends
+from opensora_kernels import _triton, backends
 from opensora_kernels.backends import Implementation
 from opensora_kernels.checks import check_float, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
@@ -13,6 +15,9 @@ from opensora_kernels.registration import call, register_op
 from . import library, reference
 
 __all__ = ["attention"]
+
+# More queries or keys than this fill tiles of the sizes that the library's kernels are made for.
+LONG = 128
 
 
 def attention(
@@ -56,7 +61,32 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
         check_shape("attention", "key_lengths", key_lengths, q.shape[:-3], "(*)")
 
 
+def _why_no_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
+    if q.shape[-1] > 256:
+        return f"tiles hold heads of up to 256 elements, got {q.shape[-1]}"
+    if not scale > 0:
+        return f"maxima are taken before the scale, which must be positive, got {scale}"
+    return None
+
+
+def _why_triton_is_slower(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
+    if max(q.shape[-3], k.shape[-3]) <= LONG or library.why_not(q, k, v, scale, key_lengths) is not None:
+        return None
+    return f"PyTorch's fused attention is thought faster for more than {LONG} queries or keys; not measured yet"
+
+
+def _saved_by_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> list[Tensor]:
+    """The logarithm, to base 2, of the sum of exponentials of each query's scores."""
+    num_queries, num_heads, _ = q.shape[-3:]
+    return [q.new_empty(math.prod(q.shape[:-3]), num_heads, num_queries, dtype=torch.float32)]
+
+
 register_op(
-    "attention", "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> Tensor", reference.attention
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? key_lengths) -> Tensor",
+    reference.attention,
+    saves=True,
+    keeps=lambda *values: True,
 )
+_triton.register("attention", why_not=_why_no_triton, why_slower=_why_triton_is_slower, saved_like=_saved_by_triton)
 backends.register("attention", "library", Implementation(library.attention, why_not=library.why_not, is_plain=True))
