@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from opensora_kernels import backends
+from opensora_kernels import _triton, backends
 from opensora_kernels.backends import Implementation
 from opensora_kernels.checks import check_float, check_same_device, check_shape
 from opensora_kernels.ops.qk_norm_rope import NormScope, Order, RopeLayout, check_qk_norm_rope
@@ -13,6 +15,10 @@ from opensora_kernels.registration import call, register_op
 from . import library, reference
 
 __all__ = ["qk_norm_attention"]
+
+# Longer sequences, or larger heads, have tiles of scores, of q, k and v that no longer fit into registers.
+LONG = 128
+LARGEST_TILE = 128 * 80
 
 
 def qk_norm_attention(
@@ -51,6 +57,21 @@ def qk_norm_attention(
     return call(op, q, k, v, q_weight, k_weight, cos, sin, eps, order, rope_layout, norm_scope, scale)
 
 
+def _why_no_triton(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *others: Any) -> str | None:
+    *_, norm_scope, scale = others
+    num_tokens, head_size = q.shape[-3], q.shape[-1]
+    if num_tokens > LONG or num_tokens * head_size > LARGEST_TILE:
+        return (
+            f"one program holds all tokens of a head, up to {LONG} and {LARGEST_TILE} elements, got {num_tokens} of "
+            f"{head_size}; the library is qk_norm_rope and attention, each with its own kernels"
+        )
+    if norm_scope == "token" and q_weight is not None:
+        return 'one program holds one head of a token, but norm_scope "token" takes the mean over all'
+    if not scale > 0:
+        return f"maxima are taken before the scale, which must be positive, got {scale}"
+    return None
+
+
 register_op(
     "qk_norm_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, "
@@ -58,3 +79,4 @@ register_op(
     reference.qk_norm_attention,
 )
 backends.register("qk_norm_attention", "library", Implementation(library.qk_norm_attention, is_plain=True))
+_triton.register("qk_norm_attention", why_not=_why_no_triton)
