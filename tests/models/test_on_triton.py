@@ -1,0 +1,88 @@
+"""The models run unchanged on Triton kernels: outputs and gradients of the reference, and the kernels really ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opensora.models.stdit3 import STDiT3
+from opensora.vae import VideoVAE
+from opensora_kernels import _triton, use
+from tests.tiny_models import TRANSFORMER, VAE
+
+pytestmark = pytest.mark.skipif(
+    not _triton.is_interpreted(), reason="Triton kernels are not interpreted here (TRITON_INTERPRET=1)"
+)
+
+
+def outputs_and_gradients(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    output = run()
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return output, list(torch.autograd.grad(output, parameters, cotangent, allow_unused=True))
+
+
+def assert_same_on_triton(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
+    """Compare with the reference; returns the names of the kernels that ran."""
+    ran: Counter[str] = Counter()
+
+    def count(kernel: Any, *_: Any) -> None:
+        ran[kernel.fn.__name__] += 1
+
+    with use("reference"):
+        expected, expected_gradients = outputs_and_gradients(model, run)
+    with use("triton"), _triton.recorded_launches(count):
+        actual, gradients = outputs_and_gradients(model, run)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    # fp32 sums over a few thousand terms in another order; some, such as a bias before a norm, cancel to nothing
+    rounding = 1e-6 * max(float(want.abs().max()) for want in expected_gradients if want is not None)
+    for have, want in zip(gradients, expected_gradients, strict=True):
+        assert (have is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()) + rounding)
+    return set(ran)
+
+
+def test_stdit3_with_conditioning_frames():
+    torch.manual_seed(0)
+    model = STDiT3(TRANSFORMER)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    x_BCTHW = torch.randn(2, TRANSFORMER.in_channels, 3, 4, 4)
+    captions = torch.randn(2, 1, TRANSFORMER.model_max_length, TRANSFORMER.caption_channels)
+    caption_mask = torch.ones(2, TRANSFORMER.model_max_length, dtype=torch.long)
+    caption_mask[1, 5:] = 0
+    frame_mask = torch.tensor([[False, True, True], [True, True, True]])
+
+    def run() -> Tensor:
+        return model(
+            x_BCTHW,
+            torch.tensor([200.0, 700.0]),
+            captions,
+            mask=caption_mask,
+            x_mask=frame_mask,
+            fps=torch.tensor([8.0, 8.0]),
+            height=torch.tensor([16.0, 16.0]),
+            width=torch.tensor([16.0, 16.0]),
+        )
+
+    ran = assert_same_on_triton(model.eval(), run)
+    assert any("backward" in name for name in ran)
+
+
+def test_video_vae():
+    torch.manual_seed(0)
+    vae = VideoVAE(VAE).eval()
+    x_BCTHW = torch.randn(1, 3, 5, 8, 8)
+
+    def run() -> Tensor:
+        return vae.decode(vae.encode(x_BCTHW, sample_posterior=False), x_BCTHW.shape[2])
+
+    ran = assert_same_on_triton(vae, run)
+    assert any("backward" in name for name in ran)
