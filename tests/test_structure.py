@@ -41,8 +41,10 @@ ROOT_FILES_OF_A_REFERENCE = {"norms", "causal_padding", "modulation", "shards"}
 # Folders of opensora_kernels that join operators, which root files may not: they are exported like operators, but have
 # no backends of their own. sequence_parallel: attention between ranks is packing, an exchange and attention.
 KERNEL_ROOMS = {"sequence_parallel"}
+# Counts as a root file: what the Triton kernels of several operators share.
+ROOT_FOLDERS = {"_triton"}
 ONLY_ELSEWHERE = {"complex64", "complex128", "float64", "double", "cuda", "view_as_complex"}
-READ_ENVIRONMENT = {"opensora_kernels/backends.py", "opensora_kernels/_triton.py"}
+READ_ENVIRONMENT = {"opensora_kernels/backends.py", "opensora_kernels/_triton/__init__.py"}
 
 
 def sources(*folders: str) -> dict[str, str]:
@@ -108,7 +110,8 @@ def _fault_of_kernel_import(path: str, target: str) -> str | None:
     if names[0] in KERNEL_ROOMS:
         return None if is_export or room == names[0] else f"imports {target}, but operators know no room"
     if names[0] != "ops":
-        is_root_file = (ROOT / "opensora_kernels" / f"{names[0]}.py").exists() or names[0] == "__version__"
+        root = ROOT / "opensora_kernels" / names[0]
+        is_root_file = root.with_suffix(".py").exists() or names[0] in {"__version__", *ROOT_FOLDERS}
         return None if is_root_file else f"imports {target}: name the file that defines it"
     if room not in {"ops", *KERNEL_ROOMS}:
         return None if is_export else f"imports {target}, but root files know no operator"

@@ -42,11 +42,12 @@ def small(configuration: Any) -> Any:
 
 @contextmanager
 def small_blocks(op: str) -> Iterator[None]:
-    from opensora_kernels import triton_convolution, triton_convolution_gradients, tuning
+    from opensora_kernels import tuning
+    from opensora_kernels._triton import convolution, convolution_gradients
     from opensora_kernels.ops.causal_conv3d import triton_prepare, triton_prepare_backward, triton_statistics
     from opensora_kernels.ops.upsample_conv3d import triton_time
 
-    users = [triton_convolution, triton_convolution_gradients, triton_statistics, triton_prepare, triton_time]
+    users = [convolution, convolution_gradients, triton_statistics, triton_prepare, triton_time]
     with ExitStack() as stack:
         for user in (*users, triton_prepare_backward):
             stack.enter_context(mock.patch.object(user, "configuration", small(tuning.configuration)))

@@ -81,12 +81,12 @@ def test_a_result_that_nobody_used_gets_a_gradient_of_zero(backend: str):
 
 def test_views_of_one_projection_are_read_in_place(monkeypatch: pytest.MonkeyPatch):
     skip_without("triton")
-    from opensora_kernels import triton_shards
+    from opensora_kernels._triton import shards
 
     read = []
-    monkeypatch.setattr(triton_shards, "launch", lambda kernel, grid, rows, *rest, **constants: read.append(rows))
+    monkeypatch.setattr(shards, "launch", lambda kernel, grid, rows, *rest, **constants: read.append(rows))
     qkv = numbers(2, 5, 3, 7, 8)
-    triton_shards.pack(list(qkv.unbind(2)), 3, 2)
+    shards.pack(list(qkv.unbind(2)), 3, 2)
     assert [rows.data_ptr() for rows in read] == [qkv[:, :, index].data_ptr() for index in range(3)]
 
 

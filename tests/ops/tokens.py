@@ -40,14 +40,14 @@ def tokens_and_tables(draw: st.DrawFn, names: list[str], num_tokens: int) -> dic
 @contextmanager
 def small_tiles(tile: dict[str, int]) -> Iterator[None]:
     """Programs that take several blocks, and frames that take several programs, of the few tokens of a drawn call."""
-    from opensora_kernels import triton_modulation
+    from opensora_kernels._triton import modulation
 
     def configured(op: str, key: str, default: dict[str, int], device: torch.device) -> dict[str, int]:
         return default | {name: value for name, value in tile.items() if name in default}
 
     with (
-        mock.patch.object(triton_modulation, "configuration", configured),
-        mock.patch.object(triton_modulation, "_SMALLEST_SUMMING_CHUNK", 1),
+        mock.patch.object(modulation, "configuration", configured),
+        mock.patch.object(modulation, "_SMALLEST_SUMMING_CHUNK", 1),
     ):
         yield
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from opensora_kernels.triton_heads import dot_added, dot_rows, load_rows, store_rows, zero_rows
+from opensora_kernels._triton.heads import dot_added, dot_rows, load_rows, store_rows, zero_rows
 
 from .triton_forward import keys_of, place
 

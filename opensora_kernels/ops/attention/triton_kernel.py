@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from opensora_kernels._triton import launch, power_of_two
-from opensora_kernels.triton_heads import main_and_tail, views
+from opensora_kernels._triton.heads import main_and_tail, views
 from opensora_kernels.tuning import configuration
 
 from . import reference

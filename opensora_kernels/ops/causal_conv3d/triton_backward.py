@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_kernels._triton import launch, planes
+from opensora_kernels._triton.convolution import Source, channels_last
+from opensora_kernels._triton.convolution_gradients import fold_space, fold_time, input_gradient, weight_gradient
 from opensora_kernels.norms import memory_format
-from opensora_kernels.triton_convolution import Source, channels_last
-from opensora_kernels.triton_convolution_gradients import fold_space, fold_time, input_gradient, weight_gradient
 
 from .triton_call import Call
 from .triton_forms import LIBRARY, form_of

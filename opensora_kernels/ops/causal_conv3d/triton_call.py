@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opensora_kernels._triton.convolution import Taps
 from opensora_kernels.norms import memory_format
-from opensora_kernels.triton_convolution import Taps
 
 
 class Call(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_kernels.triton_convolution import convolve
+from opensora_kernels._triton.convolution import convolve
 
 from . import reference
 from .triton_call import Call

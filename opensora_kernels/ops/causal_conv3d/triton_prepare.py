@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_kernels._triton import dense, launch, planes, power_of_two
-from opensora_kernels.triton_convolution import Source, channels_last
-from opensora_kernels.triton_silu import silu
+from opensora_kernels._triton.convolution import Source, channels_last
+from opensora_kernels._triton.silu import silu
 from opensora_kernels.tuning import configuration
 
 from .triton_call import Call

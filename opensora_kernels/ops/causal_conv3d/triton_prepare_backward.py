@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_kernels._triton import dense, launch, planes, power_of_two
-from opensora_kernels.triton_silu import silu_backward
+from opensora_kernels._triton.silu import silu_backward
 from opensora_kernels.tuning import configuration, num_row_programs
 
 from .triton_call import Call

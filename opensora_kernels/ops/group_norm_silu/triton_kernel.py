@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_kernels._triton import dense, launch, planes
+from opensora_kernels._triton.silu import silu
 from opensora_kernels.norms import memory_format
-from opensora_kernels.triton_silu import silu
 
 from .triton_backward import backward
 from .triton_tiles import fold_of, folded, grid_of, load_channels, load_pairs, num_tiles_of, place, start_of, tile_of

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_kernels._triton import dense, launch
-from opensora_kernels.triton_modulation import (
+from opensora_kernels._triton.modulation import (
     count_frames,
     inside,
     is_first_choice,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from opensora_kernels.triton_heads import (
+from opensora_kernels._triton.heads import (
     added,
     dot_added,
     dot_rows,

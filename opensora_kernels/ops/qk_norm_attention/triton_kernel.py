@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opensora_kernels._triton import dense, launch, power_of_two
-from opensora_kernels.triton_heads import equal_slices, views
+from opensora_kernels._triton.heads import equal_slices, views
 from opensora_kernels.tuning import configuration
 
 from .triton_backward import _qk_norm_attention_backward_kernel

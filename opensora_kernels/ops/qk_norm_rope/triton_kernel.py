@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_kernels._triton import dense, launch, power_of_two
-from opensora_kernels.triton_heads import (
+from opensora_kernels._triton.heads import (
     added,
     equal_slices,
     load_pairs,

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_kernels._triton import dense, launch, planes, power_of_two
+from opensora_kernels._triton.silu import silu, silu_backward
 from opensora_kernels.norms import memory_format
-from opensora_kernels.triton_silu import silu, silu_backward
 from opensora_kernels.tuning import configuration
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opensora_kernels.triton_shards import pack, unpack
+from opensora_kernels._triton.shards import pack, unpack
 
 
 def forward(packed: Tensor, shape: list[int], num_shards: int, dim: int, num_tensors: int) -> list[Tensor]:

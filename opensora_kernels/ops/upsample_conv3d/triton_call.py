@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from opensora_kernels.triton_convolution import Taps
+from opensora_kernels._triton.convolution import Taps
 
 
 class Call(NamedTuple):

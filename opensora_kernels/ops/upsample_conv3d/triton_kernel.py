@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_kernels._triton.convolution import Source, channels_last, convolve
+from opensora_kernels._triton.convolution_gradients import fold_space, fold_time, input_gradient, weight_gradient
 from opensora_kernels.norms import memory_format
-from opensora_kernels.triton_convolution import Source, channels_last, convolve
-from opensora_kernels.triton_convolution_gradients import fold_space, fold_time, input_gradient, weight_gradient
 
 from .triton_call import Call
 from .triton_space import space_forward, space_input_gradient, space_weight_gradient

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_kernels._triton import dense, launch, power_of_two
-from opensora_kernels.triton_convolution import Source, Taps, channels_last, convolve
-from opensora_kernels.triton_convolution_gradients import fold_space, fold_time, weight_gradient
+from opensora_kernels._triton.convolution import Source, Taps, channels_last, convolve
+from opensora_kernels._triton.convolution_gradients import fold_space, fold_time, weight_gradient
 
 from .triton_call import Call
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
-from . import backends
-from .backends import Implementation
+from opensora_kernels import backends
+from opensora_kernels.backends import Implementation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,7 +1,7 @@
-"""Gradients of `triton_convolution.convolve` with respect to its input and its weight, and of the padding.
+"""Gradients of `convolution.convolve` with respect to its input and its weight, and of the padding.
 
 The gradient of the input is a convolution of the result's gradient with the taps in reverse, one for each residue of
-the input's position modulo the stride. Axes as in triton_convolution; G gradient of the result, S splits of a sum.
+the input's position modulo the stride. Axes as in convolution; G gradient of the result, S splits of a sum.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_kernels._triton import launch
-from opensora_kernels.triton_convolution import Source, Taps, block, convolve, folded, frame_pointer
+from opensora_kernels._triton.convolution import Source, Taps, block, convolve, folded, frame_pointer
 from opensora_kernels.tuning import configuration
 
 # Four programs for each of an H200's 132 multiprocessors; with blocks of 128 x 128 their sums take 35 MB.
