@@ -53,12 +53,7 @@ def _upsample_time_kernel(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Of the interpolated n frames, results 2 i and 2 i + 1 are 3/4 of frame i and 1/4 of the one before or after."""
-    plane_tile = tl.program_id(0).to(tl.int64)
-    plane = plane_tile // num_tiles
-    sample, frame = plane // num_frames, plane % num_frames
-    offs_p = plane_tile % num_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
-    mask = (offs_p < num_positions)[:, None] & (offs_c < num_channels)[None, :]
+    sample, frame, offs_p, offs_c, mask = _place(num_frames, num_channels, num_positions, num_tiles, BLOCK_P, BLOCK_C)
     index = tl.maximum(frame - 1, 0)
     near = index // 2
     far = tl.minimum(tl.maximum(near + index % 2 * 2 - 1, 0), num_interpolated - 1)
@@ -77,12 +72,7 @@ def _upsample_time_backward_kernel(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Frame i takes part in results 2 i - 1 to 2 i + 2; at either end the missing one is the outermost once more."""
-    plane_tile = tl.program_id(0).to(tl.int64)
-    plane = plane_tile // num_tiles
-    sample, frame = plane // num_frames, plane % num_frames
-    offs_p = plane_tile % num_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
-    mask = (offs_p < num_positions)[:, None] & (offs_c < num_channels)[None, :]
+    sample, frame, offs_p, offs_c, mask = _place(num_frames, num_channels, num_positions, num_tiles, BLOCK_P, BLOCK_C)
     grad_ptrs = grad_ptr + sample * stride_gb + offs_p[:, None] * stride_gp + offs_c[None, :] * stride_gc
     index = tl.maximum(frame - 1, 0)
     near = tl.where(frame == 0, 0, 2 * index + 1)
@@ -97,3 +87,14 @@ def _upsample_time_backward_kernel(
     total = (0.75 * total + 0.25 * quarter) * tl.where(frame == 0, 0.5, 1.0)
     out_ptrs = out_ptr + sample * stride_ob + frame * stride_ot + offs_p[:, None] * stride_op
     tl.store(out_ptrs + offs_c[None, :] * stride_oc, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _place(num_frames, num_channels, num_positions, num_tiles, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The sample, frame, positions and channels of a program, and which of these there are."""
+    plane_tile = tl.program_id(0).to(tl.int64)
+    plane = plane_tile // num_tiles
+    offs_p = plane_tile % num_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    mask = (offs_p < num_positions)[:, None] & (offs_c < num_channels)[None, :]
+    return plane // num_frames, plane % num_frames, offs_p, offs_c, mask
