@@ -25,14 +25,14 @@ from .ranks import check_share, rank_and_size
 
 @overload
 def sequence_all_to_all(
-    x: Tensor, *, scatter: int, gather: int, length: int, group: dist.ProcessGroup | None = None
+    x: Tensor, *, scatter: int, gather: int, length: int, group: dist.ProcessGroup | None
 ) -> Tensor: ...
 @overload
 def sequence_all_to_all(
-    x: Sequence[Tensor], *, scatter: int, gather: int, length: int, group: dist.ProcessGroup | None = None
+    x: Sequence[Tensor], *, scatter: int, gather: int, length: int, group: dist.ProcessGroup | None
 ) -> list[Tensor]: ...
 def sequence_all_to_all(
-    x: Tensor | Sequence[Tensor], *, scatter: int, gather: int, length: int, group: dist.ProcessGroup | None = None
+    x: Tensor | Sequence[Tensor], *, scatter: int, gather: int, length: int, group: dist.ProcessGroup | None
 ) -> Tensor | list[Tensor]:
     """The same tensor cut along axis `scatter` instead of axis `gather`, by one exchange between the ranks of `group`.
 
@@ -45,11 +45,11 @@ def sequence_all_to_all(
         out = sequence_all_to_all(out, scatter=-3, gather=-2, length=16, group=group)
 
     Shapes: x of any dtype, device and strides; a sequence of tensors of one shape, such as [q, k, v], travels in one
-    exchange and comes back as a list. Results are contiguous; a group of one rank returns x itself.
+    exchange and comes back as a list. Results are contiguous; a group of one rank, or None, returns x itself.
     Numbers: elements are moved, none is changed. Gradients: the inverse exchange; all ranks must run backward.
     Errors: ValueError for a tensor that is not this rank's share, axes that are equal or that x lacks, a group without
-    this process, torch.distributed not initialised, or tensors of different shapes or devices; TypeError for different
-    dtypes. A rank that raises leaves the others waiting until the group's timeout.
+    this process, or tensors of different shapes or devices; TypeError for different dtypes. A rank that raises leaves
+    the others waiting until the group's timeout.
     Source: DeepSpeed-Ulysses (arXiv 2309.14509); Open-Sora v1.2.0, opensora/acceleration/communications.py, all_to_all.
     """
     op = "sequence_all_to_all"

@@ -24,7 +24,7 @@ def ulysses_attention(
     k_weight: Tensor | None = None,
     *,
     sequence_length: int,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     eps: float = 1e-6,
@@ -47,14 +47,14 @@ def ulysses_attention(
     Shapes: q, k, v (*, L_local, N, D), this rank's share of `sequence_length` as `torch.tensor_split` cuts it, any
     strides; cos, sin (L_local, D/2) of its tokens (`split_sequence(cos, dim=0)`); weights and options as in
     `qk_norm_rope`. key_lengths: (*), the tokens of the whole sequence that are no padding. Returns (*, L_local, N, D).
+    A group of one rank, or None: the sequence is whole.
     overlap: v travels while q and k are normed and rotated, in an exchange of its own; the same numbers. Gradients of
     gradients need False, and under torch.compile it is False.
     Attention to text, or along an axis that is not cut, needs no exchange: call `attention` with this rank's queries.
     Numbers: those of `qk_norm_rope` and `attention`. Gradients: every tensor's own; gradients of weights are of this
     rank's tokens, to be added up over the ranks. All ranks must run backward.
-    Errors: those of `qk_norm_rope` and `attention`; ValueError for a tensor that is not this rank's share, a group
-    without this process, or torch.distributed not initialised. A rank that raises leaves the others waiting until the
-    group's timeout.
+    Errors: those of `qk_norm_rope` and `attention`; ValueError for a tensor that is not this rank's share, or a group
+    without this process. A rank that raises leaves the others waiting until the group's timeout.
     Source: DeepSpeed-Ulysses (arXiv 2309.14509); Open-Sora v1.2.0, opensora/models/layers/blocks.py,
     SeqParallelAttention.
     """
@@ -66,12 +66,13 @@ def ulysses_attention(
         if tensor.dtype != q.dtype:
             raise TypeError(f"{op}: {name} must have q's dtype {q.dtype}, got {tensor.dtype}")
     check_same_device(op, q=q, v=v)
-    check_share(op, "q", q, q.dim() + _TOKENS, sequence_length, *rank_and_size(op, group))
+    rank, num_ranks = rank_and_size(op, group)
+    check_share(op, "q", q, q.dim() + _TOKENS, sequence_length, rank, num_ranks)
 
     num_heads = q.shape[_HEADS]
     to_heads = {"scatter": _HEADS, "gather": _TOKENS, "length": sequence_length, "group": group}
     options = {"cos": cos, "sin": sin, "eps": eps, "order": order, "rope_layout": rope_layout, "norm_scope": norm_scope}
-    if overlap and not torch.compiler.is_compiling() and dist.get_world_size(group) > 1:
+    if overlap and not torch.compiler.is_compiling() and num_ranks > 1:
         flight = Flight(plan_exchange(op, [v], **to_heads)).start([v])
         q, k = sequence_all_to_all(qk_norm_rope(q, k, q_weight, k_weight, **options), **to_heads)
         (v,) = flight.finish()

@@ -9,12 +9,12 @@ from opensora_kernels.shards import shard_sizes
 
 
 def rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process's rank in `group` (None: the default group) and the number of ranks.
+    """This process's rank in `group` and the number of ranks; without a group it is on its own.
 
-    Raises ValueError where torch.distributed has not been initialised and for a group without this process.
+    Raises ValueError for a group without this process.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(f"{op}: torch.distributed must be initialised (init_process_group), and it is not")
+    if group is None:  # never the default group: that of a sequence is one of several axes of a mesh
+        return 0, 1
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"{op}: group must hold this process, global rank {dist.get_rank()}, and it does not")

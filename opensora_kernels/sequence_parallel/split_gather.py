@@ -18,22 +18,19 @@ from .ranks import check_share, rank_and_size
 GradScale = Literal["none", "up", "down"]
 
 
-def split_sequence(
-    x: Tensor, *, dim: int, group: dist.ProcessGroup | None = None, grad_scale: GradScale = "none"
-) -> Tensor:
+def split_sequence(x: Tensor, *, dim: int, group: dist.ProcessGroup | None, grad_scale: GradScale = "none") -> Tensor:
     """This rank's share of `x` along `dim`; every rank of `group` holds the same x.
 
         x = split_sequence(x, dim=2, group=group, grad_scale="down")  # (B, T, S, C) -> (B, T, S_local, C)
         x = gather_sequence(blocks(x), dim=2, length=num_sites, group=group, grad_scale="up")
 
     Shapes: x (*, L, *), any dtype; returns (*, L_local, *), contiguous, as `torch.tensor_split` cuts: the first ranks
-    get one more where L does not divide evenly. No communication. A group of one rank returns x itself.
+    get one more where L does not divide evenly. No communication. A group of one rank, or None, returns x itself.
     Gradients: all ranks' gradients gathered, so that each rank has that of all of x; all ranks must run backward.
     grad_scale "up" multiplies it by the number of ranks, "down" divides it. Between "down" here and "up" in
     `gather_sequence`, parameters see gradients of their rank's tokens times the number of ranks, so that the average
     over all ranks, which data parallelism takes, is that of one process; parameters outside already agree on all ranks.
-    Errors: ValueError for an axis that x lacks, another grad_scale, a group without this process, or torch.distributed
-    not initialised.
+    Errors: ValueError for an axis that x lacks, another grad_scale, or a group without this process.
     Source: Open-Sora v1.2.0, opensora/acceleration/communications.py, split_forward_gather_backward.
     """
     op = "split_sequence"
@@ -43,16 +40,16 @@ def split_sequence(
 
 
 def gather_sequence(
-    x: Tensor, *, dim: int, length: int, group: dist.ProcessGroup | None = None, grad_scale: GradScale = "none"
+    x: Tensor, *, dim: int, length: int, group: dist.ProcessGroup | None, grad_scale: GradScale = "none"
 ) -> Tensor:
     """The shares of all ranks of `group` along `dim`, put together on each of them; the inverse of `split_sequence`.
 
     Shapes: x (*, L_local, *), this rank's share of `length`, any dtype; returns (*, length, *), contiguous. Nothing is
-    padded: a rank sends its share to each other. A group of one rank returns x itself.
+    padded: a rank sends its share to each other. A group of one rank, or None, returns x itself.
     Gradients: this rank's share of its own gradient, which is right where all ranks compute the same from the result
     (the gradients of ranks that do not are not added up). grad_scale as in `split_sequence`.
-    Errors: ValueError for a tensor that is not this rank's share, an axis that it lacks, another grad_scale, a group
-    without this process, or torch.distributed not initialised.
+    Errors: ValueError for a tensor that is not this rank's share, an axis that it lacks, another grad_scale, or a group
+    without this process.
     Source: Open-Sora v1.2.0, opensora/acceleration/communications.py, gather_forward_split_backward.
     """
     op = "gather_sequence"

@@ -47,34 +47,47 @@ def tokens_become_heads_and_gradients_return(world: World) -> None:
             x = torch.randn(*leading, num_tokens, num_heads, HEAD_SIZE).to(dtype)
             grad = torch.randn(x.shape).to(dtype)
             mine = share(x, -3, world).clone().requires_grad_()
-            out = sequence_all_to_all(mine, scatter=-2, gather=-3, length=num_tokens)
+            out = sequence_all_to_all(mine, scatter=-2, gather=-3, length=num_tokens, group=world.group)
             assert torch.equal(out, share(x, -2, world))
             assert out.is_contiguous()
             out.backward(share(grad, -2, world))
             assert torch.equal(mine.grad, share(grad, -3, world))
 
 
+def without_a_group_a_sequence_is_whole_whatever_the_default_group_is(world: World) -> None:
+    x = torch.randn(2, 5, 3, 4)
+    assert sequence_all_to_all(x, scatter=2, gather=1, length=5, group=None) is x
+    assert split_sequence(x, dim=1, group=None) is x
+    assert gather_sequence(x, dim=1, length=5, group=None) is x
+    expected = opensora_kernels.attention(x, x, x)
+    for overlap in (False, True):
+        assert torch.equal(ulysses_attention(x, x, x, sequence_length=5, group=None, overlap=overlap), expected)
+
+
 def there_and_back_is_the_identity(world: World) -> None:
     for leading, num_tokens, num_heads in SIZES:
         x = share(torch.randn(*leading, num_tokens, num_heads, HEAD_SIZE), -3, world)
-        there = sequence_all_to_all(x, scatter=-2, gather=-3, length=num_tokens)
-        assert torch.equal(sequence_all_to_all(there, scatter=-3, gather=-2, length=num_heads), x)
+        there = sequence_all_to_all(x, scatter=-2, gather=-3, length=num_tokens, group=world.group)
+        assert torch.equal(sequence_all_to_all(there, scatter=-3, gather=-2, length=num_heads, group=world.group), x)
 
 
 def several_tensors_and_any_axes_travel(world: World) -> None:
     qkv = torch.randn(2, 9, 3, 7, HEAD_SIZE)
-    parts = sequence_all_to_all(share(qkv, 1, world).unbind(2), scatter=-2, gather=-3, length=9)
-    whole = sequence_all_to_all(share(qkv, 1, world), scatter=3, gather=1, length=9)
+    parts = sequence_all_to_all(share(qkv, 1, world).unbind(2), scatter=-2, gather=-3, length=9, group=world.group)
+    whole = sequence_all_to_all(share(qkv, 1, world), scatter=3, gather=1, length=9, group=world.group)
     for part, expected in zip((*parts, *whole.unbind(2)), 2 * share(qkv, 3, world).unbind(2), strict=True):
         assert torch.equal(part, expected)
     for dtype in (torch.bool, torch.int64):
         x = torch.arange(40).reshape(5, 8).remainder(3).to(dtype)
-        assert torch.equal(sequence_all_to_all(share(x, 1, world), scatter=0, gather=1, length=8), share(x, 0, world))
+        assert torch.equal(
+            sequence_all_to_all(share(x, 1, world), scatter=0, gather=1, length=8, group=world.group),
+            share(x, 0, world),
+        )
 
 
 def second_derivatives_flow(world: World) -> None:
     x = share(torch.randn(2, 5, 7, 3), 1, world).clone().requires_grad_()
-    out = sequence_all_to_all(x, scatter=2, gather=1, length=5)
+    out = sequence_all_to_all(x, scatter=2, gather=1, length=5, group=world.group)
     (first,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     torch.testing.assert_close(second, 6 * x)
@@ -102,12 +115,12 @@ def overlap_serves_inference_frozen_values_and_two_backward_passes(world: World)
     arguments = _attention_inputs(9, 5, has_rope=True)
     q, k, v = (share(arguments[name], 1, world).clone() for name in "qkv")
     with torch.no_grad():
-        expected = ulysses_attention(q, k, v, sequence_length=9)
-        assert torch.equal(ulysses_attention(q, k, v, sequence_length=9, overlap=True), expected)
+        expected = ulysses_attention(q, k, v, sequence_length=9, group=world.group)
+        assert torch.equal(ulysses_attention(q, k, v, sequence_length=9, overlap=True, group=world.group), expected)
     q.requires_grad_()
-    ulysses_attention(q, k, v, sequence_length=9, overlap=True).sum().backward()
+    ulysses_attention(q, k, v, sequence_length=9, overlap=True, group=world.group).sum().backward()
     v.requires_grad_()
-    loss = ulysses_attention(q, k, v, sequence_length=9, overlap=True).square().sum()
+    loss = ulysses_attention(q, k, v, sequence_length=9, overlap=True, group=world.group).square().sum()
     once = torch.autograd.grad(loss, (q, v), retain_graph=True)
     again = torch.autograd.grad(loss, (q, v))
     assert all(torch.equal(have, want) for have, want in zip(again, once, strict=True))
@@ -138,27 +151,27 @@ def nothing_is_padded_on_the_wire(world: World) -> None:
             assert len(sent) == 2 * num_exchanges
     x = torch.randn(3, 11, 5)
     with _counted() as sent:
-        gather_sequence(share(x, 1, world), dim=1, length=11)
+        gather_sequence(share(x, 1, world), dim=1, length=11, group=world.group)
     assert sent == [(share(x, 1, world).numel() * world.num_ranks, x.numel())]
 
 
 def split_and_gather_are_inverse_and_each_others_gradient(world: World) -> None:
     for shape, dim in (((2, 11, 3), 1), ((7,), 0), ((2, 3, 5), -1), ((1, 3, 2), 1), ((0, 5), 1)):
         x = torch.randn(shape).requires_grad_()
-        mine = split_sequence(x, dim=dim)
+        mine = split_sequence(x, dim=dim, group=world.group)
         assert torch.equal(mine, share(x, dim, world))
-        gathered = gather_sequence(mine, dim=dim, length=shape[dim])
+        gathered = gather_sequence(mine, dim=dim, length=shape[dim], group=world.group)
         assert torch.equal(gathered, x)
         grad = torch.randn(shape)
         gathered.backward(grad)
         assert torch.equal(x.grad, grad)
         for grad_scale, factor in (("none", 1), ("up", world.num_ranks), ("down", 1 / world.num_ranks)):
             (found,) = torch.autograd.grad(
-                split_sequence(x, dim=dim, grad_scale=grad_scale), x, share(grad, dim, world)
+                split_sequence(x, dim=dim, grad_scale=grad_scale, group=world.group), x, share(grad, dim, world)
             )
             torch.testing.assert_close(found, grad * factor)
             leaf = share(x, dim, world).detach().clone().requires_grad_()
-            out = gather_sequence(leaf, dim=dim, length=shape[dim], grad_scale=grad_scale)
+            out = gather_sequence(leaf, dim=dim, length=shape[dim], grad_scale=grad_scale, group=world.group)
             (found,) = torch.autograd.grad(out, leaf, grad)
             torch.testing.assert_close(found, share(grad, dim, world) * factor)
 
@@ -171,10 +184,10 @@ def averaged_gradients_are_those_of_one_process(world: World) -> None:
     def loss(is_parallel: bool) -> Tensor:
         hidden = model[0](x).tanh()
         if is_parallel:
-            hidden = split_sequence(hidden, dim=1, grad_scale="down")
+            hidden = split_sequence(hidden, dim=1, grad_scale="down", group=world.group)
         hidden = model[1](hidden).tanh()
         if is_parallel:
-            hidden = gather_sequence(hidden, dim=1, length=11, grad_scale="up")
+            hidden = gather_sequence(hidden, dim=1, length=11, grad_scale="up", group=world.group)
         return (model[2](hidden) - target).square().mean()
 
     expected = torch.autograd.grad(loss(False), list(model.parameters()))
@@ -211,24 +224,24 @@ def wrong_shares_are_refused_before_anything_is_sent(world: World) -> None:
     right = {"scatter": 2, "gather": 1, "length": 9}
     with _counted() as sent:
         with pytest.raises(ValueError, match=f"sequence_all_to_all: x must hold {x.shape[1] + 1} of {wrong} at {told}"):
-            sequence_all_to_all(x, **right | {"length": wrong})
+            sequence_all_to_all(x, **right | {"length": wrong}, group=world.group)
         with pytest.raises(ValueError, match=f"gather_sequence: x must hold {x.shape[1] + 1} of {wrong} at {told}"):
-            gather_sequence(x, dim=1, length=wrong)
+            gather_sequence(x, dim=1, length=wrong, group=world.group)
         for overlap in (False, True):
             with pytest.raises(ValueError, match=f"ulysses_attention: q must hold {x.shape[1] + 1} of {wrong} at"):
-                ulysses_attention(x, x, x, sequence_length=wrong, overlap=overlap)
+                ulysses_attention(x, x, x, sequence_length=wrong, overlap=overlap, group=world.group)
         with pytest.raises(ValueError, match="ulysses_attention: v must have shape that of q"):
-            ulysses_attention(x, x, x[..., :2], sequence_length=9)
+            ulysses_attention(x, x, x[..., :2], sequence_length=9, group=world.group)
         with pytest.raises(TypeError, match="ulysses_attention: k must have q's dtype"):
-            ulysses_attention(x, x.half(), x, sequence_length=9)
+            ulysses_attention(x, x.half(), x, sequence_length=9, group=world.group)
         with pytest.raises(ValueError, match="scatter and gather must be different axes, got 1 for both"):
-            sequence_all_to_all(x, **right | {"scatter": -3})
+            sequence_all_to_all(x, **right | {"scatter": -3}, group=world.group)
         with pytest.raises(ValueError, match="gather must be one of the 4 axes, got 4"):
-            sequence_all_to_all(x, **right | {"gather": 4})
+            sequence_all_to_all(x, **right | {"gather": 4}, group=world.group)
         with pytest.raises(ValueError, match=r"tensors\[1\] must have tensors\[0\]'s shape"):
-            sequence_all_to_all([x, x[:1]], **right)
+            sequence_all_to_all([x, x[:1]], **right, group=world.group)
         with pytest.raises(ValueError, match="grad_scale must be one of 'none', 'up', 'down', got 'double'"):
-            split_sequence(x, dim=1, grad_scale="double")
+            split_sequence(x, dim=1, grad_scale="double", group=world.group)
     assert not sent
 
 
@@ -251,6 +264,7 @@ def split_attention_and_gathering_compile_to_one_graph(world: World) -> None:
 
 
 CHECKS = [
+    without_a_group_a_sequence_is_whole_whatever_the_default_group_is,
     tokens_become_heads_and_gradients_return,
     there_and_back_is_the_identity,
     several_tensors_and_any_axes_travel,
@@ -305,7 +319,7 @@ def _together(
     leaves += [arguments.pop(name).clone().requires_grad_() for name in ("q_weight", "k_weight")]
     for name in {"cos", "sin"} & arguments.keys():
         arguments[name] = share(arguments[name], 0, world)
-    out = ulysses_attention(*leaves, sequence_length=num_tokens, overlap=overlap, **arguments)
+    out = ulysses_attention(*leaves, sequence_length=num_tokens, overlap=overlap, group=world.group, **arguments)
     found = torch.autograd.grad(out, leaves, share(grad, 1, world))
     for weight in found[3:]:
         dist.all_reduce(weight)

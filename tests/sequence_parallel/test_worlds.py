@@ -56,7 +56,7 @@ def a_killed_rank_gives_the_others_an_error(world: World) -> None:
     x = torch.randn(2, 3, 7, 4)
     if world.rank == world.num_ranks - 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    _fails_within(30, lambda: ulysses_attention(x, x, x, sequence_length=9))
+    _fails_within(30, lambda: ulysses_attention(x, x, x, sequence_length=9, group=world.group))
 
 
 def _fails_within(seconds: float, call) -> None:
@@ -84,22 +84,12 @@ def _world_of_one() -> Iterator[None]:
 @pytest.mark.usefixtures("_world_of_one")
 def test_a_group_of_one_rank_returns_the_tensor_itself():
     x = torch.randn(2, 5, 3, 4)
-    assert sequence_all_to_all(x, scatter=2, gather=1, length=5) is x
-    assert sequence_all_to_all([x], scatter=2, gather=1, length=5) == [x]
-    assert split_sequence(x, dim=1) is x
-    assert gather_sequence(x, dim=1, length=5) is x
-    plain, overlapped = (ulysses_attention(x, x, x, sequence_length=5, overlap=overlap) for overlap in (False, True))
+    assert sequence_all_to_all(x, scatter=2, gather=1, length=5, group=dist.group.WORLD) is x
+    assert sequence_all_to_all([x], scatter=2, gather=1, length=5, group=dist.group.WORLD) == [x]
+    assert split_sequence(x, dim=1, group=dist.group.WORLD) is x
+    assert gather_sequence(x, dim=1, length=5, group=dist.group.WORLD) is x
+    plain, overlapped = (
+        ulysses_attention(x, x, x, sequence_length=5, overlap=overlap, group=dist.group.WORLD)
+        for overlap in (False, True)
+    )
     assert torch.equal(plain, overlapped)
-
-
-def test_without_process_groups_the_error_says_what_to_call():
-    x = torch.randn(2, 5, 3, 4)
-    calls = {
-        "sequence_all_to_all": lambda: sequence_all_to_all(x, scatter=2, gather=1, length=5),
-        "split_sequence": lambda: split_sequence(x, dim=1),
-        "gather_sequence": lambda: gather_sequence(x, dim=1, length=5),
-        "ulysses_attention": lambda: ulysses_attention(x, x, x, sequence_length=5),
-    }
-    for name, call in calls.items():
-        with pytest.raises(ValueError, match=f"{name}: torch.distributed must be initialised"):
-            call()

@@ -28,6 +28,10 @@ class World:
     num_ranks: int
     folder: Path
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return dist.group.WORLD
+
 
 def run(num_ranks: int, checks: list[Callable[[World], None]], folder: Path) -> dict[str, list[str]]:
     """What became of each check on each rank: PASSED, a traceback, or that it was not run or the process died."""
