@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: sample test lint format doctor oracles clean
+.PHONY: sample test lint format ahead-of-time doctor oracles clean
 
 sample: $(VENV)/.installed  ## a video from the embedded model: an mp4 and a contact sheet
 	$(RUN) -m opensora sample --prompt "a red circle moving left" --seed 7 --output outputs/sample.mp4
@@ -19,6 +19,9 @@ lint: $(VENV)/.installed
 
 format: $(VENV)/.installed
 	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format . && $(VENV)/bin/clang-format -i csrc/*
+
+ahead-of-time: $(VENV)/.installed  ## every Triton kernel for four GPUs, without one: registers, spills, shared memory
+	$(RUN) -m tests.ahead_of_time --jobs 2 --output bench/results/ahead-of-time.md
 
 doctor: $(VENV)/.installed  ## what is installed, and which backend runs each operator
 	$(RUN) -m opensora_kernels

@@ -3,8 +3,8 @@
 python -m tests.ahead_of_time [--op OP] [--targets sm_90 gfx942] [--first] [--jobs N] [--output table.md]
 
 Launches are recorded on meta tensors, with the shapes of the releases and in bf16, forward and backward; each kernel is
-then compiled once per target, signature and constants. A spill fails, as do more shared memory than there is and, on
-sm_90, a product of matrices of 64 or more rows without wgmma. This process must not have TRITON_INTERPRET set.
+then compiled once per target, signature and constants. A spill fails, as do more shared or tensor memory than there is
+and, on sm_90, a product of matrices of 64 or more rows without wgmma. This process must not have TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,6 +42,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _MOST_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+_MOST_TENSOR_COLUMNS = 512
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.bool: "i1",
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
@@ -78,6 +80,11 @@ class Report:
     shared_bytes: int
     num_wgmma: int
     has_tall_product: bool = False  # of 16-bit matrices, the first of at least the 64 rows that one wgmma takes
+    num_tensor_columns: int = 0  # of sm_100's tensor memory
+
+    def shown(self, target: str) -> str:
+        figures = f"{self.registers} / {self.spilled_bytes} / {self.shared_bytes}"
+        return f"{figures} / {self.num_wgmma}" if target == "sm_90" else figures
 
 
 def launches(op: str, case: Case) -> list[Launch]:
@@ -106,19 +113,20 @@ def different_launches(op: str, *, only_first: bool = False) -> list[Launch]:
     return list(dict.fromkeys(launch for case in cases[: 1 if only_first else None] for launch in launches(op, case)))
 
 
-def table_rows(op: str, only_first: bool, targets: list[str]) -> list[tuple[str, bool]]:
-    """Rows of the table for one operator, and which of them are faults."""
+def table_rows(op: str, only_first: bool, targets: list[str]) -> list[tuple[str, list[str]]]:
+    """For each launch of one operator its row of the table, and what fails the build, if anything."""
     rows = []
     for launch in different_launches(op, only_first=only_first):
+        cells, faults = [], []
         for target in targets:
             try:
                 report: Report | str = compile_for(launch, TARGETS[target])
-            except Exception as error:  # every kind of compiler error is a row of the table
+            except Exception as error:  # every kind of compiler error is a cell of the table
                 report = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            problem = fault(target, launch, report)
-            figures = ("",) * 4 if isinstance(report, str) else list(vars(report).values())[:4]
-            cells = (op, launch.name, launch.shown, target, *figures, problem or "")
-            rows.append((f"| {' | '.join(map(str, cells))} |", problem is not None))
+            if (problem := fault(target, launch, report)) is not None:
+                faults.append(f"{launch.name} {launch.shown} on {target}: {problem}")
+            cells.append(report if isinstance(report, str) else report.shown(target))
+        rows.append((f"| {' | '.join([op, launch.name, launch.shown, *cells])} |", faults))
     return rows
 
 
@@ -130,6 +138,8 @@ def fault(target: str, launch: Launch, report: Report | str) -> str | None:
         return f"spills {report.spilled_bytes} bytes"
     if report.shared_bytes > _MOST_SHARED_BYTES[target]:
         return f"takes more shared memory than the {_MOST_SHARED_BYTES[target]} bytes there are"
+    if report.num_tensor_columns > _MOST_TENSOR_COLUMNS:
+        return f"takes more tensor memory than the {_MOST_TENSOR_COLUMNS} columns there are"
     if target == "sm_90" and report.has_tall_product and not report.num_wgmma:
         return "has no wgmma"
     return None
@@ -212,7 +222,8 @@ def _report_of_nvidia(compiled: Any, arch: int) -> Report:
     num_wgmma = len(re.findall(r"wgmma\.mma_async", ptx))
     rows_of_products = re.findall(r"tt\.dot .* : tensor<(\d+)x\d+x(?:bf16|f16)>", compiled.asm["ttir"])
     has_tall_product = any(int(rows) >= 64 for rows in rows_of_products)
-    return Report(registers, sum(spills), compiled.metadata.shared, num_wgmma, has_tall_product)
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Report(registers, sum(spills), compiled.metadata.shared, num_wgmma, has_tall_product, columns)
 
 
 def _report_of_amd(compiled: Any) -> Report:
@@ -234,24 +245,31 @@ def main() -> int:
     options = parser.parse_args()
     if _triton.is_interpreted():
         parser.error("TRITON_INTERPRET must not be set: interpreted kernels can't be compiled")
+    targets = [f"{name}, wgmma" if name == "sm_90" else name for name in options.targets]
     lines = [
-        f"triton {triton.__version__}, opensora_kernels {opensora_kernels.__version__}; bf16, shapes of the releases\n",
-        "| op | kernel | constants | target | registers | spilled bytes | shared bytes | wgmma | fault |",
-        "|---|---|---|---|--:|--:|--:|--:|---|",
+        f"Compiled {date.today()} by triton {triton.__version__} for opensora_kernels {opensora_kernels.__version__}, "
+        "in bf16 and the shapes of the releases, forward and backward.",
+        "For each target: registers of a thread / bytes spilled / bytes of shared memory / wgmma instructions.\n",
+        f"| op | kernel | constants | {' | '.join(targets)} |",
+        f"|---|---|---|{'---|' * len(targets)}",
     ]
     print("\n".join(lines), flush=True)
-    num_faults = 0
+    faults: list[str] = []
+    num_kernels = 0
     ops = options.op or [op for op in OPS if "triton" in backends.backends_of(op)]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for rows in pool.map(table_rows, ops, repeat(options.first), repeat(options.targets)):
-            for line, is_fault in rows:
+            for line, faults_of_line in rows:
                 lines.append(line)
+                faults += faults_of_line
+                num_kernels += len(targets)
                 print(line, flush=True)
-                num_faults += is_fault
-    print(f"{len(lines) - 3} kernels compiled, {num_faults} faults")
+    print("\n".join([*faults, f"{num_kernels} kernels compiled, {len(faults)} faults"]))
     if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
-    return min(num_faults, 1)
+        unfinished = options.output.with_suffix(".unfinished")
+        unfinished.write_text("\n".join(lines) + "\n")
+        unfinished.replace(options.output)
+    return min(len(faults), 1)
 
 
 if __name__ == "__main__":
