@@ -82,7 +82,9 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     numbers = Numbers(draw(st.integers(0, 2**16)), draw(DTYPES))
     num_tokens, num_heads = draw(st.integers(1, 40)), draw(st.integers(1, 3))
     head_size = draw(st.sampled_from([2, 6, 18, 40, 72] if has_rope else [1, 7, 18, 33]))
-    views = heads(numbers, draw(MEMORY), 3, draw(LEADING), num_tokens, num_heads, head_size)
+    # of long sequences one: in an fp32 sum over hundreds of rows, PyTorch may be luckier than twice
+    leading = draw(LEADING) if num_tokens <= 20 else ()
+    views = heads(numbers, draw(MEMORY), 3, leading, num_tokens, num_heads, head_size)
     # eps 0.1: the gradient of a norm over few elements is a difference that cancels to nothing
     arguments = dict(zip("qkv", views, strict=True)) | {"eps": 0.1, "scale": draw(st.sampled_from([None, 0.3]))}
     arguments["order"] = draw(st.sampled_from(["norm_rope", "rope_norm"]))
