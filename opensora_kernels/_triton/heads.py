@@ -43,10 +43,11 @@ def equal_slices(size: int, least: int = 1) -> tuple[int, int]:
 
 
 def main_and_tail(size: int, least: int) -> tuple[int, int]:
-    """Powers of two whose sum covers `size`, the second 0 where one alone does it as tightly: 72 = 64 + 8."""
+    """Powers of two whose sum covers `size`: 72 = 64 + 8. The second is 0 where one of up to 64 alone is as tight; 128
+    are two of 64, because a product's factor of half the width takes half the registers."""
     main = max(least, triton.next_power_of_2(size + 1) // 2)
     if main >= size:
-        return main, 0
+        return (main, 0) if main <= 64 else (main // 2, main // 2)
     tail = max(least, triton.next_power_of_2(size - main))
     return (main, tail) if tail < main else (2 * main, 0)
 

@@ -141,7 +141,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     is_packed = draw(st.booleans())
     leading = (draw(st.integers(0, 3)),) if is_packed else draw(LEADING)
     num_queries, num_keys, num_heads = draw(st.integers(1, 40)), draw(st.integers(0, 40)), draw(st.integers(1, 3))
-    head_size = draw(st.sampled_from([1, 8, 18, 40, 72]))
+    head_size = draw(st.sampled_from([1, 8, 18, 40, 72, 96, 128]))
     sizes = (num_heads, head_size)
     (q,) = heads(numbers, draw(MEMORY), 1, leading, num_queries, *sizes)
     k, v = heads(numbers, draw(MEMORY), 2, () if is_packed else leading, num_keys, *sizes)

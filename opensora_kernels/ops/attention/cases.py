@@ -93,6 +93,27 @@ CASES = [
         flops=_flops,
         source="STDiT3-XL/2 cross-attention at 240x426, 2 s, guided, a text of 130 in 300 tokens",
     ),
+    Case(
+        "cogvideox_2b",
+        _make(2, 4444, num_keys=4444, num_heads=30, head_size=64),
+        is_large=True,
+        flops=_flops,
+        source="CogVideoX-2B, a quarter of the tokens of 6 s at 480x720",
+    ),
+    Case(
+        "open_sora_plan_1_2",
+        _make(2, 6800, num_keys=6800, num_heads=24, head_size=96),
+        is_large=True,
+        flops=_flops,
+        source="Open-Sora-Plan 1.2, 29 frames at 480p",
+    ),
+    Case(
+        "wan_2_1_1_3b",
+        _make(1, 8190, num_keys=8190, num_heads=12, head_size=128),
+        is_large=True,
+        flops=_flops,
+        source="Wan 2.1 1.3B, a quarter of the tokens of 81 frames at 480x832",
+    ),
 ]
 
 

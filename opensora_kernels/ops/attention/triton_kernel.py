@@ -23,6 +23,14 @@ from .triton_forward import _attention_forward_kernel
 # Two programs for each of an H200's 132 multiprocessors: blocks of keys that are fewer share their queries out.
 _FEWEST_PROGRAMS = 264
 _QUERIES_OF_SPLIT = 512
+# Rows that a program keeps, rows that it takes at once, and warps, for heads of up to so many elements: the largest
+# that spill no register on any of sm_80, sm_90, sm_100 and gfx942. None has been timed.
+_TILES = {
+    "forward": {80: (128, 64, 8), 128: (128, 32, 8)},
+    "backward_queries": {80: (128, 32, 8), 128: (128, 16, 8)},
+    "backward_keys": {96: (64, 16, 4), 128: (32, 16, 4)},
+}
+_TILE_IN_FP32 = (32, 32, 4)  # without tensor cores, products one by one; also for larger heads
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> list[Tensor]:
@@ -103,16 +111,10 @@ def _constants(q_OPLND: Tensor, k_OPKND: Tensor, v_OPKND: Tensor) -> dict[str, i
 
 
 def _tile(kernel: str, q: Tensor, k: Tensor) -> dict[str, Any]:
-    """A large block of what a program keeps, a smaller one of what it loops over, both as short as their axes are.
-
-    The largest that spill no register on any of sm_80, sm_90, sm_100 and gfx942; none has been timed.
-    """
+    """A large block of what a program keeps, a smaller one of what it loops over, both as short as their axes are."""
     head_size = q.shape[-1]
-    kept, other, num_warps = {
-        "forward": (128, 64, 8), "backward_queries": (128, 32, 8), "backward_keys": (64, 16, 4)
-    }[kernel]  # fmt: skip
-    if head_size > 128 or q.dtype is torch.float32:  # fp32 without tensor cores: IEEE products one by one
-        kept, other, num_warps = 32, 32, 4
+    fitting = (tile for widest, tile in _TILES[kernel].items() if head_size <= widest)
+    kept, other, num_warps = _TILE_IN_FP32 if q.dtype is torch.float32 else next(fitting, _TILE_IN_FP32)
     block_l, block_k = (other, kept) if kernel == "backward_keys" else (kept, other)
     block_l = min(block_l, max(16, power_of_two(q.shape[-3], block_l)))
     block_k = min(block_k, max(16, power_of_two(k.shape[-3], block_k)))

@@ -89,6 +89,27 @@ CASES = [
         flops=_flops,
         source="STDiT2-XL/2 (v1.1 checkpoints) temporal attention at 240x426, 16 frames, guided",
     ),
+    Case(
+        "wan_2_1_1_3b",
+        _make(1, 8190, num_heads=12, head_size=128, norm_scope="token"),
+        is_large=True,
+        flops=_flops,
+        source="Wan 2.1 1.3B, a quarter of the tokens of 81 frames at 480x832",
+    ),
+    Case(
+        "hunyuan_video",
+        _make(1, 8100, num_heads=24, head_size=128),
+        is_large=True,
+        flops=_flops,
+        source="HunyuanVideo, 17 frames at 544x960",
+    ),
+    Case(
+        "ltx_video",
+        _make(1, 4992, num_heads=32, head_size=64, norm_scope="token"),
+        is_large=True,
+        flops=_flops,
+        source="LTX-Video, 161 frames at 512x768, rotation per head",
+    ),
 ]
 
 ERRORS = [
