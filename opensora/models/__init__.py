@@ -1,5 +1,6 @@
 """Diffusion transformers, one file per upstream system."""
 
+from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 
-__all__ = ["STDiT3"]
+__all__ = ["STDiT2", "STDiT3"]

@@ -348,6 +348,15 @@ def gated(x_BLD: Tensor, y_BLD: Tensor, gate: tuple[Tensor, ...], frame_mask: Te
     return gate_residual(x_BLD, y_BLD, gate[0], frame_mask=frame_mask, gate0=gate[1])
 
 
+def thinned(gate: tuple[Tensor, ...], drop_path: float) -> tuple[Tensor, ...]:
+    """Drop path: a sample's branch is left out with probability `drop_path`. A gate does it free."""
+    if drop_path == 0:
+        return gate
+    keep = 1 - drop_path
+    factor = (torch.rand(len(gate[0]), 1, device=gate[0].device) < keep) / keep
+    return tuple(one * factor.to(one.dtype) for one in gate)
+
+
 class FinalLayer(nn.Module):
     """LayerNorm, modulation by table + t, and the projection to patches.
 

@@ -8,12 +8,10 @@ Axes as in layers.py: B batch, C latent channels, T frames, S sites, L tokens, D
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from opensora.config import STDiT3Config
 from opensora.models.layers import (
@@ -31,16 +29,17 @@ from opensora.models.layers import (
     TimestepEmbedder,
     gated,
     modulated,
-    select_tokens,
+    thinned,
     timestep_sets,
     unpack_tokens,
     unpatchify,
 )
+from opensora.models.stdit_base import STDiTBase, first
 
 Velocity = Callable[..., Tensor]
 
 
-class STDiT3(nn.Module):
+class STDiT3(STDiTBase):
     """Predicts, from noisy latents, the flow's velocity and (second half of the channels) an unused variance.
 
     `config` carries upstream's constructor arguments; state-dict keys and shapes are upstream's. Works in fp32, with
@@ -52,7 +51,6 @@ class STDiT3(nn.Module):
         self.config = config = config or STDiT3Config()
         dim, depth = config.hidden_size, config.depth
         self.out_channels = config.in_channels * 2 if config.pred_sigma else config.in_channels
-        self.gradient_checkpointing = False
 
         self.pos_embed = PositionEmbedding2D(dim)
         self.rope = RotaryEmbedding(dim // config.num_heads, exact_dtype=config.exact_rope_dtype)
@@ -107,14 +105,10 @@ class STDiT3(nn.Module):
         text = y if isinstance(y, TextContext) else self.embed_text(y, mask, generator=generator)
         grid = self.x_embedder.grid(x)
         tokens = self.x_embedder(x.to(dtype)) + self.position_table(grid, first(height), first(width))
-        copies = text.tokens.shape[0] // x.shape[0]
-        if copies > 1:
-            tokens = tokens.repeat(copies, 1, 1, 1)
-            timestep = timestep.repeat(copies)
-        if x_mask is not None and x_mask.shape[0] != tokens.shape[0]:
-            x_mask = x_mask.repeat(copies, 1)
+        tokens, timestep, x_mask = self.for_each_text(text, tokens, timestep, x_mask)
 
-        t_GBD = self.embed_timestep(timestep.to(dtype), fps, with_zero=x_mask is not None)
+        rate_BD = self.fps_embedder(fps, timestep.shape[0])
+        t_GBD = self.embed_timestep(timestep.to(dtype), with_zero=x_mask is not None) + rate_BD
         t6_GB6D = self.t_block(t_GBD).unflatten(-1, (6, -1))
         tokens = self.run_blocks(tokens, text, t6_GB6D, x_mask)
         num_channels = self.config.in_channels if velocity_only else None
@@ -124,11 +118,11 @@ class STDiT3(nn.Module):
     def run_blocks(self, x_BTSD: Tensor, text: TextContext, t6_GB6D: Tensor, frame_mask: Tensor | None) -> Tensor:
         """Spatial block i, then temporal block i. S may be a shard of the sites: only spatial attention spans them."""
         rope = self.rope(x_BTSD.shape[1])
-        use_checkpoint = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, pair in enumerate(zip(self.spatial_blocks, self.temporal_blocks, strict=True)):
             for j, block in enumerate(pair):
-                arguments = (x_BTSD, text.for_block(2 * i + j), text.key_lengths, t6_GB6D, frame_mask, rope)
-                x_BTSD = checkpoint(block, *arguments, use_reentrant=False) if use_checkpoint else block(*arguments)
+                x_BTSD = self.run_block(
+                    block, x_BTSD, text.for_block(2 * i + j), text.key_lengths, t6_GB6D, frame_mask, rope
+                )
         return x_BTSD
 
     def denoiser(
@@ -151,51 +145,26 @@ class STDiT3(nn.Module):
 
         return velocity
 
-    def prepare_text(self, y: Tensor, mask: Tensor | None = None) -> TextContext:
-        """Embed captions and project the keys and values of every block; hold the result across steps."""
-        text = self.embed_text(y, mask)
-        blocks = [block for pair in zip(self.spatial_blocks, self.temporal_blocks, strict=True) for block in pair]
-        return replace(text, keys_values=tuple(block.cross_attn.keys_values(text.tokens) for block in blocks))
+    def text_readers(self) -> list[CrossAttention]:
+        pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
+        return [block.cross_attn for pair in pairs for block in pair]
 
     def embed_text(self, y: Tensor, mask: Tensor | None = None, *, generator: Generator | None = None) -> TextContext:
         """Captions to hidden size, selected tokens first. With `skip_y_embedder`, y is already embedded and packed
         (1, sum of lengths, D) and mask holds the lengths."""
-        y = y.to(self.x_embedder.proj.weight.dtype)
         if self.config.skip_y_embedder:
             lengths = mask.tolist() if isinstance(mask, Tensor) else list(mask)
-            return unpack_tokens(y, lengths)
-        return select_tokens(self.y_embedder(y, generator).squeeze(1), mask)
-
-    def embed_timestep(self, timestep: Tensor, fps: Tensor, *, with_zero: bool) -> Tensor:
-        """(G, B, D): timestep and frame rate, and with_zero the same for timestep 0."""
-        rate = self.fps_embedder(fps, timestep.shape[0])
-        if not with_zero:
-            return (self.t_embedder(timestep) + rate)[None]
-        own, zero = self.t_embedder(torch.cat([timestep, timestep.new_zeros(1)])).tensor_split([timestep.shape[0]])
-        return torch.stack([own + rate, zero + rate])
-
-    def position_table(self, grid: tuple[int, int, int], height: float, width: float) -> Tensor:
-        """(1, S, D) for a picture of height x width pixels."""
-        _, rows, columns = grid
-        scale = (height * width) ** 0.5 / self.config.input_sq_size
-        base_size = round((rows * columns) ** 0.5)
-        return self.pos_embed(self.x_embedder.proj.weight, rows, columns, scale=scale, base_size=base_size)
+            return unpack_tokens(y.to(self.x_embedder.proj.weight.dtype), lengths)
+        return super().embed_text(y, mask, generator=generator)
 
     def initialize_weights(self) -> None:
         """Xavier for linear layers; temporal blocks and the frame rate start without effect."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        super().initialize_weights()
         nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
         nn.init.zeros_(self.fps_embedder.mlp[2].weight)
         for block in self.temporal_blocks:
             for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
                 nn.init.zeros_(layer.weight)
-
-    def set_gradient_checkpointing(self, is_enabled: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
-        self.gradient_checkpointing = is_enabled
 
 
 class STDiT3Block(nn.Module):
@@ -219,28 +188,15 @@ class STDiT3Block(nn.Module):
         frame_mask: Tensor | None = None,
         rope: RotaryTable | None = None,
     ) -> Tensor:
-        axes = x_BTSD.shape[1:3]
+        axes, drop_path = x_BTSD.shape[1:3], self.drop_path if self.training else 0.0
         conditions = timestep_sets(self.scale_shift_table, t6_GB6D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = conditions
 
         x = x_BTSD.flatten(1, 2)
         h = modulated(x, shift_attn, scale_attn, frame_mask).unflatten(1, axes)
         h = self.attn(h, rope if self.axis == "time" else None)
-        x = gated(x, h.flatten(1, 2), self.thinned(gate_attn), frame_mask)
+        x = gated(x, h.flatten(1, 2), thinned(gate_attn, drop_path), frame_mask)
         x = x + self.cross_attn(x, text, key_lengths)
         h = self.mlp(modulated(x, shift_mlp, scale_mlp, frame_mask))
-        x = gated(x, h, self.thinned(gate_mlp), frame_mask)
+        x = gated(x, h, thinned(gate_mlp, drop_path), frame_mask)
         return x.unflatten(1, axes)
-
-    def thinned(self, gate: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Drop path: while training, a sample's branch is left out with probability drop_path. A gate does it free."""
-        if self.drop_path == 0 or not self.training:
-            return gate
-        keep = 1 - self.drop_path
-        factor = (torch.rand(len(gate[0]), 1, device=gate[0].device) < keep) / keep
-        return tuple(one * factor.to(one.dtype) for one in gate)
-
-
-def first(value: Tensor | float) -> float:
-    """Sample 0 of a per-sample scalar, on the host."""
-    return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)

@@ -107,6 +107,18 @@ def test_samples_of_a_batch_do_not_see_each_other():
     torch.testing.assert_close(model(**inputs)[1:], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_sample_0_sizes_the_picture_of_all_and_each_has_its_own_frame_rate():
+    model, inputs = tiny_model(), tiny_inputs()
+    expected = model(**inputs)
+    for name in ("height", "width"):
+        value = inputs[name]
+        assert torch.equal(model(**(inputs | {name: torch.stack([value[0], 3 * value[1]])})), expected)
+        assert not torch.allclose(model(**(inputs | {name: torch.stack([3 * value[0], value[1]])}))[1], expected[1])
+    out = model(**(inputs | {"fps": torch.tensor([24.0, 8.0])}))
+    torch.testing.assert_close(out[0], expected[0], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out[1], expected[1], atol=1e-3)
+
+
 def test_a_frame_mask_of_all_true_changes_nothing():
     model, inputs = tiny_model(), tiny_inputs()
     everywhere = torch.ones(2, 3, dtype=torch.bool)
