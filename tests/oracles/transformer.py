@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.config import STDiT3Config
+from opensora.config import STDiT2Config, STDiT3Config
+from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 from tests.oracles.registry import Case, Check, adapter
 
@@ -38,6 +39,13 @@ def stdit3(case: Case) -> Iterator[Check]:
         yield Check(f"tap.{name}", like_recorded(name, value, expected), expected, max_abs=FORWARD_LIMIT)
     if "loss" in case.outputs:
         yield from gradients(case, model, out)
+
+
+@adapter("stdit2_")
+def stdit2(case: Case) -> Iterator[Check]:
+    model = STDiT2(STDiT2Config(**case.config["config"])).eval()
+    model.load_state_dict(case.weights)
+    yield Check("out", model(**case.inputs), case.outputs["out"], max_abs=FORWARD_LIMIT)
 
 
 def gradients(case: Case, model: nn.Module, out: Tensor) -> Iterator[Check]:
