@@ -1,4 +1,4 @@
-"""`python -m bench.tune OP|all`: times the constants of Triton kernels on this GPU and writes the faster ones down.
+"""`python -m bench tune OP|all`: times the constants of Triton kernels on this GPU and writes the faster ones down.
 
 Every question that a call and its backward pass ask of `opensora_kernels.tuning` is answered in turn with one constant
 doubled or halved, as long as that is faster by more than noise and as accurate. For causal_conv3d the form is chosen
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import opensora_kernels
-from bench.__main__ import DTYPES, chosen_cases
 from bench.measure import time_calls, why_wrong
+from bench.operators import DTYPES, chosen_cases
 from opensora_kernels import backends, tuning, use
 from opensora_kernels.cases import Case, Maker
 from opensora_kernels.ops.causal_conv3d.triton_forms import CHAIN, GEMM, LIBRARY
@@ -147,8 +147,8 @@ def write(device: str, op: str, found: Mapping[str, Constants], folder: Path) ->
     return path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split(":", 1)[1].splitlines()[0])
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__.split(":", 1)[1].splitlines()[0])
     parser.add_argument("op", choices=[*backends.ops(), "all"])
     parser.add_argument("--cases", default="large", help="small, large or one's name")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -163,7 +163,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if found:
                 write(name, op, found, tuning.TABLES)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

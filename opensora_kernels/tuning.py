@@ -1,7 +1,7 @@
 """Launch configurations: a committed table for each device, and a fixed default where it says nothing.
 
 `opensora_kernels/tuned/<device>.json` maps an operator and a key, such as "forward C=1152 torch.bfloat16", to constants
-that replace the kernel's defaults. Nothing is timed at import or at a call; `python -m bench.tune` writes the tables.
+that replace the kernel's defaults. Nothing is timed at import or at a call; `python -m bench tune` writes the tables.
 """
 
 from __future__ import annotations
