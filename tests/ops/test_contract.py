@@ -157,6 +157,19 @@ def test_inputs_stay_as_they_were(op: str, backend: str, case: Case):
         assert torch.equal(now, then) if isinstance(now, Tensor) else now == then
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("op", "backend", "case"), [case for case in backend_cases() if case.values[2].name == "small"]
+)
+def test_autocast_gives_the_dtypes_of_the_reference(op: str, backend: str, case: Case, dtype: torch.dtype):
+    def dtypes(backend: str) -> list[torch.dtype]:
+        arguments = draw(case, dtype)
+        with ordered(op, backend, arguments), torch.autocast("cpu", torch.bfloat16):
+            return [x.dtype for x in pytree.tree_leaves(public(op)(**arguments))]
+
+    assert dtypes(backend) == dtypes("reference")
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_has_a_small_an_odd_a_size_one_an_empty_and_a_release_case(op: str):
     names = {case.name for case in cases_of(op)}

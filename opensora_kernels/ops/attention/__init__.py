@@ -87,6 +87,11 @@ register_op(
     reference.attention,
     saves=True,
     keeps=lambda *values: True,
+    casts=("q", "k", "v"),
 )
 _triton.register("attention", why_not=_why_no_triton, why_slower=_why_triton_is_slower, saved_like=_saved_by_triton)
-backends.register("attention", "library", Implementation(library.attention, why_not=library.why_not, is_plain=True))
+backends.register(
+    "attention",
+    "library",
+    Implementation(library.attention, why_not=library.why_not, why_slower=library.why_slower, is_plain=True),
+)

@@ -26,13 +26,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor
 def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
     if q.numel() == 0 or k.numel() == 0:
         return "scaled_dot_product_attention has no gradient for empty tensors"
-    if _is_narrow_on_cpu(q) and k.shape[-3] <= FEW_KEYS:
-        return f"on a CPU, matrix products in {q.dtype} are faster for {FEW_KEYS} keys or fewer"
     if key_lengths is not None and reference.is_packed(q, k):
         if torch.compiler.is_compiling():
             return "packed keys are split by lengths read on the host, which torch.compile can't trace"
         if type(key_lengths) is not Tensor or key_lengths.is_meta:
             return "packed keys are split by lengths read on the host, and these lengths have no values"
+    return None
+
+
+def why_slower(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
+    if _is_narrow_on_cpu(q) and k.shape[-3] <= FEW_KEYS:
+        return f"on a CPU, matrix products in {q.dtype} are faster for {FEW_KEYS} keys or fewer"
     return None
 
 

@@ -106,6 +106,8 @@ def causal_conv3d(
         "" if norm is None else norm.kind, shown.weight, shown.bias, shown.num_groups, shown.eps, shown.per_frame,
         shown.statistics, activation or "", residual, return_state, return_statistics,
     )  # fmt: skip
+    if return_state:
+        results[1] = results[1].to(x.dtype)  # autocast may have narrowed it, but the next chunk's x is like this one's
     return tuple(results) if return_state or return_statistics else results[0]
 
 

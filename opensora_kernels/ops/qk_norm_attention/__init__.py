@@ -77,6 +77,7 @@ register_op(
     "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, "
     "str order, str rope_layout, str norm_scope, float scale) -> Tensor",
     reference.qk_norm_attention,
+    casts=("q", "k", "v"),
 )
 backends.register("qk_norm_attention", "library", Implementation(library.qk_norm_attention, is_plain=True))
 _triton.register("qk_norm_attention", why_not=_why_no_triton)

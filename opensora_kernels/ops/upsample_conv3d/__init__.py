@@ -92,6 +92,7 @@ register_op(
     "(Tensor x, Tensor weight, Tensor? bias, str mode, str time_padding, str space_padding, int time_pad, "
     "int[] space_pad, Tensor? mix_factor) -> Tensor",
     reference.upsample_conv3d,
+    casts=("x", "weight", "bias", "mix_factor"),
 )
 
 
