@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: sample test lint format ahead-of-time doctor oracles clean
+.PHONY: sample test lint format ahead-of-time gpu doctor oracles clean
 
 sample: $(VENV)/.installed  ## a video from the embedded model: an mp4 and a contact sheet
 	$(RUN) -m opensora sample --prompt "a red circle moving left" --seed 7 --output outputs/sample.mp4
@@ -22,6 +22,10 @@ format: $(VENV)/.installed
 
 ahead-of-time: $(VENV)/.installed  ## every Triton kernel for four GPUs, without one: registers, spills, shared memory
 	$(RUN) -m tests.ahead_of_time --jobs 2 --output bench/results/ahead-of-time.md
+
+# On a machine with one NVIDIA GPU and its own python3, PyTorch and Triton: no network, nothing is installed.
+gpu:  ## tests, benches and tuning on a GPU, in nine minutes, into OUT=folder; wheels it lacks from WHEELS=folder
+	$(PYTHON) -m bench gpu --output $(or $(OUT),outputs/gpu) $(if $(WHEELS),--wheels $(WHEELS))
 
 doctor: $(VENV)/.installed  ## what is installed, and which backend runs each operator
 	$(RUN) -m opensora_kernels

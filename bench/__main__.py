@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bench import operators, tune
+from bench import convolution, gpu, operators, tune
 
-COMMANDS = {"tune": tune.main}
+COMMANDS = {"convolution": convolution.main, "gpu": gpu.main, "tune": tune.main}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

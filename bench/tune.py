@@ -152,6 +152,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("op", choices=[*backends.ops(), "all"])
     parser.add_argument("--cases", default="large", help="small, large or one's name")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--folder", type=Path, default=tuning.TABLES, help="of the tables; default: the package's own")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device to time kernels on")
@@ -161,5 +162,5 @@ def main(arguments: Sequence[str]) -> int:
             found = tune(op, case, DTYPES[options.dtype], "cuda", lambda run: time_calls(run, "cuda").median)
             print(f"{op} {case.name}: {found or 'nothing faster'}", flush=True)
             if found:
-                write(name, op, found, tuning.TABLES)
+                write(name, op, found, options.folder)
     return 0
