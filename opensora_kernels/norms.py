@@ -54,6 +54,8 @@ def check_norm(op: str, x: Tensor, norm: Norm, prefix: str = "norm.") -> None:
         check_float(op, f"{prefix}statistics", norm.statistics)
         num_frames = x.shape[2] if norm.per_frame else None  # whole-clip statistics serve any chunk of the clip
         check_shape(op, f"{prefix}statistics", norm.statistics, (*x.shape[:2], num_frames, 2), "(B, C, T, 2)")
+        if norm.statistics.shape[2] == 0 and x.shape[2] > 0:
+            raise ValueError(f"{op}: {prefix}statistics must hold at least one frame, got none")
 
 
 def group_norm(

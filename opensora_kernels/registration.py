@@ -117,9 +117,39 @@ def register_op(
             gradients[index] = flat_grads[0]
         return (*gradients, None)
 
+    def save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        grads, ctx.wanted, saved, *values = inputs[:-1]
+        leaves, ctx.structure = pytree.tree_flatten((list(grads), values))
+        ctx.num_saved, ctx.num_results = len(saved), len(output)
+        ctx.tensor_positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+    def double_backward(ctx: Any, grads_of_gradients: list[Tensor | None]) -> tuple[Any, ...]:
+        """Gradients of gradients are those of the reference, whichever backend computed the first ones."""
+        leaves = list(ctx.others)
+        for position, tensor in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
+            leaves[position] = tensor
+        grads, values = pytree.tree_unflatten(leaves, ctx.structure)
+
+        def gradients(*arguments: Any) -> list[Tensor]:
+            given, *inputs = arguments
+            found = _recompute(reference, inputs, tuple(given), create_graph=True)
+            needed = [
+                pair for pair, is_wanted in zip(zip(found, inputs, strict=True), ctx.wanted, strict=True) if is_wanted
+            ]
+            leaves = [pytree.tree_leaves(trees) for trees in zip(*needed, strict=True)] if needed else [[], []]
+            return [x.new_zeros(x.shape) if grad is None else grad for grad, x in zip(*leaves, strict=True)]
+
+        found = _recompute(gradients, [grads, *values], tuple(grads_of_gradients))
+        return (found[0], None, [None] * ctx.num_saved, *found[1:], None)
+
     _implement(op, run, shape_rule)
     _implement(f"{op}_backward", run_backward, shape_rule_backward)
     torch.library.register_autograd(f"{_NAMESPACE}::{op}", backward, setup_context=save_inputs, lib=_library)
+    torch.library.register_autograd(
+        f"{_NAMESPACE}::{op}_backward", double_backward, setup_context=save_backward_inputs, lib=_library
+    )
 
 
 def call(op: str, *arguments: Any) -> Any:
@@ -167,20 +197,26 @@ def _like(gradient: Tensor, value: Tensor) -> Tensor:
 def _cast_for_autocast(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     values = list(arguments)
     for index in _casting[op]:
-        if isinstance(values[index], Tensor):
+        if isinstance(values[index], Tensor) and values[index].dtype is not torch.float64:  # as PyTorch's own casts
             device_type = values[index].device.type
             if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
                 values[index] = values[index].to(torch.get_autocast_dtype(device_type))
     return tuple(values)
 
 
-def _recompute(reference: Callable[..., Any], values: list[Any], grads: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Gradients of `reference` with respect to every floating-point tensor among `values`, None elsewhere."""
+def _recompute(
+    reference: Callable[..., Any], values: list[Any], grads: tuple[Any, ...], *, create_graph: bool = False
+) -> tuple[Any, ...]:
+    """Gradients of `reference` with respect to every floating-point tensor among `values`, None elsewhere.
+
+    With `create_graph` they can be differentiated again, with respect to `values` that want it and to `grads`.
+    """
     leaves, structure = pytree.tree_flatten(values)
     with torch.enable_grad():
+        if not create_graph:
+            leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         leaves = [
-            leaf.detach().requires_grad_(leaf.is_floating_point()) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves
+            leaf.requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves
         ]
         outputs = pytree.tree_leaves(reference(*pytree.tree_unflatten(leaves, structure)))
     pairs = [
@@ -190,7 +226,13 @@ def _recompute(reference: Callable[..., Any], values: list[Any], grads: tuple[An
     ]
     wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     found = iter(
-        torch.autograd.grad([output for output, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True)
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            wanted,
+            [grad for _, grad in pairs],
+            allow_unused=True,
+            create_graph=create_graph,
+        )
         if pairs
         else [None] * len(wanted)
     )

@@ -13,12 +13,15 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from opensora_kernels import _triton
+
 _convert_float = interpreter._convert_float
 _create_dot = interpreter.InterpreterBuilder.create_dot
 
 
 def repair() -> None:
     """For the rest of this process."""
+    _triton.interpreter_knows_bf16 = True
     interpreter._convert_float = _convert_to_nearest
     interpreter.InterpreterBuilder.create_dot = _dot_of_numbers
 

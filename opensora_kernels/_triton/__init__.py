@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -27,10 +26,9 @@ from opensora_kernels.backends import Implementation
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
 def why_not_installed() -> str | None:
     """None where Triton can be imported, else a sentence."""
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    return None if _is_installed else "triton is not installed"
 
 
 def is_interpreted() -> bool:
@@ -152,7 +150,13 @@ def _why_not_these(values: tuple[Any, ...]) -> str | None:
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
             return f"Triton kernels compute in fp32, got a tensor of {tensor.dtype}"
+        if tensor.is_complex():
+            return f"Triton has no complex numbers, got a tensor of {tensor.dtype}"
+        if tensor.dtype is torch.bfloat16 and is_interpreted() and not interpreter_knows_bf16:
+            return "Triton's interpreter is wrong in bf16: it rounds towards zero and multiplies bits as whole numbers"
     return None
 
 
+_is_installed = importlib.util.find_spec("triton") is not None
+interpreter_knows_bf16 = False  # for who has repaired it, as our tests do
 _on_launch: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None] | None = None

@@ -200,7 +200,7 @@ def _convolution_kernel(
     mask_p, mask_o = offs_p < num_positions, offs_o < num_out
     row, column = offs_p // width, offs_p % width
     first_row, first_column = row * STEP_H + start_h, column * STEP_W + start_w
-    frame_size = (height_in * width_in).to(tl.int64) * (GROUPS * num_channels)
+    frame_size = tl.cast(height_in, tl.int64) * width_in * (GROUPS * num_channels)
     offs_first = (first_row * width_in + first_column).to(tl.int64) * (GROUPS * num_channels)
     x_ptr += group * num_channels
     if HAS_STATE:

@@ -172,7 +172,7 @@ def _weight_gradient_kernel(
     shift_t = start_t + tap // (KH * KW) * dilation_t
     shift_h = start_h + tap // KW % KH * dilation_h
     shift_w = start_w + tap % KW * dilation_w
-    frame_size = (height_in * width_in).to(tl.int64) * (GROUPS * num_channels)
+    frame_size = tl.cast(height_in, tl.int64) * width_in * (GROUPS * num_channels)
     chunks_per_frame = tl.cdiv(height * width, BLOCK_P)
     share = tl.cdiv(num_chunks, tl.num_programs(1))
     first = tl.program_id(1) * share

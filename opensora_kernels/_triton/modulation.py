@@ -64,7 +64,7 @@ def token_tile(
 def summing_chunk(num_frames: int, num_sites: int, block_s: int, num_programs: int) -> int:
     """Tokens to a program of a backward pass, whole blocks, for `num_programs` or fewer, at least one to a frame."""
     chunks_of_frame = max(1, min(num_programs // max(1, num_frames), num_sites // _SMALLEST_SUMMING_CHUNK))
-    return triton.cdiv(triton.cdiv(num_sites, chunks_of_frame), block_s) * block_s
+    return triton.cdiv(max(1, triton.cdiv(num_sites, chunks_of_frame)), block_s) * block_s
 
 
 def table_gradients(partial_KPC: Tensor, num_samples: int, frame_mask: Tensor | None) -> Tensor:

@@ -111,16 +111,17 @@ def test_registered_operator_passes_opcheck(op: str, backend: str, case: Case):
     torch.library.opcheck(operator, (*flat, backend), test_utils=checks)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_compiles_to_one_graph_once(op: str):
+@pytest.mark.parametrize(("op", "backend"), [(op, backend) for op in OPS for backend in backends.backends_of(op)])
+def test_compiles_to_one_graph_once(op: str, backend: str):
     torch._dynamo.reset()
     case = cases_of(op)[0]
     compiled = torch.compile(public(op), fullgraph=True, backend="aot_eager")
     arguments = draw(case, torch.float32)
-    expected = public(op)(**arguments)
-    compiled(**arguments)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        actual = compiled(**draw(case, torch.float32))
+    with ordered(op, backend, arguments):
+        expected = public(op)(**arguments)
+        compiled(**arguments)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            actual = compiled(**draw(case, torch.float32))
     for have, want in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
         torch.testing.assert_close(have, want)
 

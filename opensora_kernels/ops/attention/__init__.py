@@ -62,8 +62,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
 
 
 def _why_no_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
-    if q.shape[-1] > 256:
-        return f"tiles hold heads of up to 256 elements, got {q.shape[-1]}"
+    if q.shape[-1] > 128:
+        return f"tiles of larger heads than 128 elements spill registers, got {q.shape[-1]}"
     if not scale > 0:
         return f"maxima are taken before the scale, which must be positive, got {scale}"
     return None

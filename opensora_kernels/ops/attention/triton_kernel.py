@@ -30,7 +30,7 @@ _TILES = {
     "backward_queries": {80: (128, 32, 8), 128: (128, 16, 8)},
     "backward_keys": {96: (64, 16, 4), 128: (32, 16, 4)},
 }
-_TILE_IN_FP32 = (32, 32, 4)  # without tensor cores, products one by one; also for larger heads
+_TILE_IN_FP32 = (32, 32, 4)  # without tensor cores: products one by one
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> list[Tensor]:
@@ -113,8 +113,8 @@ def _constants(q_OPLND: Tensor, k_OPKND: Tensor, v_OPKND: Tensor) -> dict[str, i
 def _tile(kernel: str, q: Tensor, k: Tensor) -> dict[str, Any]:
     """A large block of what a program keeps, a smaller one of what it loops over, both as short as their axes are."""
     head_size = q.shape[-1]
-    fitting = (tile for widest, tile in _TILES[kernel].items() if head_size <= widest)
-    kept, other, num_warps = _TILE_IN_FP32 if q.dtype is torch.float32 else next(fitting, _TILE_IN_FP32)
+    fitting = next(tile for widest, tile in _TILES[kernel].items() if head_size <= widest)
+    kept, other, num_warps = _TILE_IN_FP32 if q.dtype is torch.float32 else fitting
     block_l, block_k = (other, kept) if kernel == "backward_keys" else (kept, other)
     block_l = min(block_l, max(16, power_of_two(q.shape[-3], block_l)))
     block_k = min(block_k, max(16, power_of_two(k.shape[-3], block_k)))

@@ -69,7 +69,7 @@ def causal_conv3d(
     v1.1.0 (opensora/models/ae/videobase/modules/conv.py): time_padding="replicate", time_pad=kt - 1.
     """
     op = "causal_conv3d"
-    _check_tensors(x, weight, bias, groups, state)
+    _check_tensors(x, weight, bias, groups, state, residual)
     strides, dilations = as_triple(op, "stride", stride), as_triple(op, "dilation", dilation)
     check_choice(op, "time_padding", time_padding, TimePadding)
     check_choice(op, "space_padding", space_padding, SpacePadding)
@@ -101,17 +101,19 @@ def causal_conv3d(
         check_shape(op, "residual", residual, (x.shape[0], weight.shape[0], *sizes), "(B, O, T', H', W')")
 
     shown = norm or _NO_NORM
-    results = call(
+    out, *others = call(
         op, x, weight, bias, strides, dilations, groups, time_padding, space_padding, num_front, margins, state,
         "" if norm is None else norm.kind, shown.weight, shown.bias, shown.num_groups, shown.eps, shown.per_frame,
         shown.statistics, activation or "", residual, return_state, return_statistics,
     )  # fmt: skip
-    if return_state:
-        results[1] = results[1].to(x.dtype)  # autocast may have narrowed it, but the next chunk's x is like this one's
-    return tuple(results) if return_state or return_statistics else results[0]
+    if return_state:  # autocast may have narrowed it, but the next chunk's x is like this one's
+        others = [others[0].to(x.dtype), *others[1:]]
+    return (out, *others) if others else out
 
 
-def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, state: Tensor | None) -> None:
+def _check_tensors(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, state: Tensor | None, residual: Tensor | None
+) -> None:
     op = "causal_conv3d"
     check_float(op, "x", x)
     check_shape(op, "x", x, (None,) * 5, "(B, C, T, H, W)")
@@ -122,9 +124,10 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, 
             f"{op}: groups must divide the {x.shape[1]} input and {weight.shape[0]} output channels, got {groups}"
         )
     check_shape(op, "weight", weight, (None, x.shape[1] // groups, None, None, None), "(O, C / groups, kt, kh, kw)")
-    # under autocast PyTorch brings the convolution's inputs to one dtype itself
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"{op}: weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        # under autocast PyTorch brings the convolution's inputs to one dtype itself
+        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
     if bias is not None:
         check_shape(op, "bias", bias, (weight.shape[0],), "(O,)")
     if state is not None:

@@ -131,7 +131,7 @@ def _merge_kernel(
     channel_ptrs = table_ptr + channel.to(tl.int64) * stride_c
     num_entries = frames_per_plane * num_tiles
     # sums of differences from some value of the mean's size lose fewer digits
-    shift_C = tl.load(channel_ptrs, mask=mask_c, other=0.0).to(tl.float32)
+    shift_C = tl.load(channel_ptrs, mask=mask_c & (num_entries > 0), other=0.0).to(tl.float32)
     if MERGES_CHANNELS:
         shift_C = tl.zeros([BLOCK_C], tl.float32) + tl.sum(tl.where(offs_c == 0, shift_C, 0.0), 0)
     total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
@@ -142,7 +142,7 @@ def _merge_kernel(
         offs_e = (entry // num_tiles).to(tl.int64) * stride_t + (entry % num_tiles).to(tl.int64) * stride_k
         mean = tl.load(channel_ptrs[None, :] + offs_e[:, None], mask=mask, other=0.0).to(tl.float32)
         total += tl.where(mask, count[:, None] * (mean - shift_C[None, :]), 0.0)
-    size = tl.cast(frames_per_plane, tl.float32) * tl.cast(num_positions, tl.float32)
+    size = tl.maximum(tl.cast(frames_per_plane, tl.float32) * tl.cast(num_positions, tl.float32), 1.0)
     total_C = tl.sum(total, 0)
     if MERGES_CHANNELS:
         size *= tl.cast(channels_per_block, tl.float32)

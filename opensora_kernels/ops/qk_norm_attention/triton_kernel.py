@@ -76,7 +76,7 @@ def backward(
         )
     *views_OPLND, grad_q, grad_k, grad_v = views(*_evenly_strided(q, k, v), *(torch.empty_like(q) for _ in range(3)))
     wants_weight, wants_angles = any(wanted[3:5]), any(wanted[5:7])
-    num_items = math.prod(q.shape[:-3]) * q.shape[-2]
+    num_items = math.prod(q.shape[:-3]) * q.shape[-2] if q.numel() else 0
     num_programs = min(num_items, _MOST_PROGRAMS)
     # Each program's own sums: atomics would add them up in another order every time.
     weight_K2D = torch.zeros(num_programs if wants_weight else 0, 2, q.shape[-1], dtype=torch.float32, device=q.device)
@@ -152,9 +152,10 @@ def _tile(direction: str, q: Tensor) -> dict[str, Any]:
     # 16 elements in a slice: the smallest inner size of a matrix product
     pairs, num_slices = equal_slices((q.shape[-1] + 1) // 2, least=8)
     if direction == "forward":
-        default = {"BLOCK_L": min(block_k, 64), "num_warps": min(4, block_k // 16), "num_stages": 1}
+        default = {"BLOCK_L": min(block_k, 64), "num_warps": min(4, block_k // 16)}
     else:  # three times as many tiles
-        default = {"num_warps": block_k // 8, "num_stages": 1}
+        default = {"num_warps": block_k // 8}
     key = f"{direction} D={q.shape[-1]} K={block_k} {q.dtype}"
     tile = configuration("qk_norm_attention", key, default, q.device)
-    return {"BLOCK_K": block_k, "PAIRS": pairs, "SLICES": num_slices, **tile}
+    # one stage: the sums that the backward pass keeps in memory are read in the loop that writes them
+    return {"BLOCK_K": block_k, "PAIRS": pairs, "SLICES": num_slices, **tile, "num_stages": 1}
