@@ -1,7 +1,8 @@
-"""`python -m bench OP|all | tune OP|all`: what the operators cost here; `--help` after a command says more.
+"""`python -m bench OP|all | tune OP|all | traffic`: what the operators cost here; `--help` after a command says more.
 
 python -m bench all                    every operator, on every backend, beside what could be used instead
 python -m bench tune causal_conv3d     faster constants for this GPU's table
+python -m bench traffic                bytes and launches of every model's blocks, with no device
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bench import convolution, gpu, operators, tune
+from bench import convolution, gpu, operators, traffic, tune
 
-COMMANDS = {"convolution": convolution.main, "gpu": gpu.main, "tune": tune.main}
+COMMANDS = {"convolution": convolution.main, "gpu": gpu.main, "traffic": traffic.main, "tune": tune.main}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

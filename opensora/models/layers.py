@@ -187,7 +187,19 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features or in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        if not fuses_gelu(x):
+            return F.gelu(self.fc1(x), approximate="tanh")
+        hidden = torch._addmm_activation(self.fc1.bias, x.flatten(0, -2), self.fc1.weight.t(), use_gelu=True)
+        return hidden.unflatten(0, x.shape[:-1])
+
+
+def fuses_gelu(x: Tensor) -> bool:
+    """Whether the matrix product of x may apply GELU as it writes, which spares a pass over the hidden activation."""
+    # The operator has no gradient, autocast does not know it, and on other devices it takes the erf form.
+    return x.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
 
 
 class CaptionEmbedder(nn.Module):
@@ -245,7 +257,8 @@ class SelfAttention(nn.Module):
         out = self.attend(q, k, v, rope)
         if self.axis == "time":
             out = out.transpose(1, 2)
-        return self.proj(out.flatten(-2))
+        # Contiguous, or the bias is added in a pass of its own.
+        return self.proj(out.flatten(-2).contiguous())
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: RotaryTable | None) -> Tensor:
         """Attention over the third axis of (B, T, S, N, K) or (B, S, T, N, K)."""

@@ -119,7 +119,7 @@ ERRORS = [
     BadCall("narrow_weight", lambda a: a | {"weight": a["weight"][:, :2]}, ValueError, "weight must have shape"),
     BadCall("other_dtype", lambda a: a | {"weight": a["weight"].half()}, TypeError, "weight must have x's dtype"),
     BadCall("half_bias", lambda a: a | {"bias": a["bias"].half()}, TypeError, "bias must have x's dtype"),
-    BadCall("half_residual", lambda a: a | {"residual": a["residual"].half()}, TypeError, "residual must have x's dtype"),
+    BadCall("half_residual", lambda a: a | {"residual": a["residual"].half()}, TypeError, "residual must have x's"),
     BadCall("long_bias", lambda a: a | {"bias": a["bias"].repeat(2)}, ValueError, r"bias must have shape \(O,\)"),
     BadCall("odd_groups", lambda a: a | {"groups": 3}, ValueError, "groups must divide the 4 input and 4 output"),
     BadCall("two_strides", lambda a: a | {"stride": (1, 2)}, ValueError, "stride must be a positive integer or three"),
