@@ -1,8 +1,10 @@
-"""`python -m bench OP|all | tune OP|all | traffic`: what the operators cost here; `--help` after a command says more.
+"""`python -m bench COMMAND`: what things cost here; `--help` after a command says more.
 
-python -m bench all                    every operator, on every backend, beside what could be used instead
-python -m bench tune causal_conv3d     faster constants for this GPU's table
+python -m bench rms_norm               an operator, or all, on every backend, beside what could be used instead
 python -m bench traffic                bytes and launches of every model's blocks, with no device
+python -m bench convolution            the library's own conv3d, which a kernel of ours must beat
+python -m bench tune causal_conv3d     faster constants for this GPU's table
+python -m bench gpu --output out/      all of it, and the tests, on a machine with a GPU, in nine minutes
 """
 
 from __future__ import annotations
