@@ -1,141 +1,203 @@
-"""`python -m bench OP|all`: accuracy, then time, of every backend beside the reference and torch.compile of it."""
+"""What each operator costs here: every backend, beside the reference, torch.compile of it, and what else could be used.
+
+Accuracy comes first, and again after the timing on other values: a wrong result gets no time. Floors come from a copy
+and a matrix product measured in the same run. Ctrl-C keeps what is finished.
+
+  python -m bench all --quick                               everything at small sizes, in minutes
+  python -m bench rms_norm --cases stdit3_720p_4s           one case of one operator
+  python -m bench attention --peers sdpa fa3 --plot plots   beside these alone, with pictures
+  python -m bench all --json out.json --base main           and how much faster than revision `main`
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-import opensora_kernels
-from bench.measure import Ceilings, floor_seconds, measure_ceilings, time_calls, why_wrong
-from opensora_kernels import backends, use
-from opensora_kernels.cases import Case, Maker, bytes_moved
+from bench import measure
+from bench.base import Base
+from bench.cases import DTYPES, chosen_cases
+from bench.measure import Ceilings, measure_ceilings
+from bench.peers import PACKAGES, peers_of
+from bench.table import LEGEND, compare, header, line, spread, tally
+from bench.workload import MOST_COPIES, Contender, Direction, Workload, compiled_reference, of_backend
+from opensora_kernels import backends
+from opensora_kernels.cases import Case
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COMPILED = "compile"  # shown among the backends: torch.compile of the reference
+QUICK_SECONDS = 0.05
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 1 when a result is not accurate: its time would mean nothing."""
+    """Exit status 1 when a backend's result is wrong, 130 after Ctrl-C."""
     options = read_options(arguments)
-    dtype = DTYPES[options.dtype]
-    ceilings = measure_ceilings(options.device, dtype)
+    torch.backends.cudnn.benchmark = options.device == "cuda"  # the library gets its best shot
+    ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
     about = describe(options, ceilings)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"{'op':<18}{'case':<29}{'backend':<11}{'median ms':>10}{'p20':>9}{'p80':>9}{'GB/s':>8}{'TFLOP/s':>9}"
-          f"{'% floor':>9}{'x ref.':>8}{'x comp.':>8}")  # fmt: skip
-    rows = []
-    for op in backends.ops() if options.op == "all" else [options.op]:
-        for case in chosen_cases(op, options.cases):
-            for row in measure_case(op, case, dtype, ceilings, options):
-                print(line(row), flush=True)
-                rows.append(row)
-    if not rows:
-        raise SystemExit(f"bench: {options.op} has no case {options.cases!r}")
+    print("\n".join([", ".join(f"{name} {value}" for name, value in about.items()), LEGEND]))
+    rows: list[dict[str, Any]] = []
+    status = 0
+    try:
+        with options.base or nullcontext() as base:
+            run(options, ceilings, base, rows)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is finished follows", flush=True)
+        status = 130
+    if not rows and not status:
+        raise SystemExit(f"bench: {options.op} has no case {' '.join(options.cases)!r}")
+    print(f"\n{spread(rows)}\n{tally(rows)}")
     if options.json:
         options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    return 1 if any(row.get("wrong") for row in rows) else 0
+    if options.plot:
+        from bench.plots import plot
+
+        print(*(f"wrote {path}" for path in plot(about, rows, options.plot)), sep="\n")
+    is_wrong = any(row["kind"] == "backend" and ("wrong" in row or "failed" in row) for row in rows)
+    return status or int(is_wrong)
+
+
+def run(options: argparse.Namespace, ceilings: Ceilings, base: Base | None, rows: list[dict[str, Any]]) -> None:
+    """Fill `rows`, and print those of a case when it is finished."""
+    directions = ("forward", "backward") if options.direction == "both" else (options.direction,)
+    for op in backends.ops() if options.op == "all" else [options.op]:
+        cases = chosen_cases(op, options.cases, options.device)
+        if cases:
+            print(f"\n{op}\n{header(has_base=base is not None)}", flush=True)
+        told: set[tuple[str, str]] = set()
+        for case in cases:
+            for direction in directions:
+                of_case: list[dict[str, Any]] = []
+                is_compiled = not options.quick or options.device != "cpu" or case is cases[-1]
+                try:
+                    for row in measure_case(op, case, direction, ceilings, base, options, is_compiled):
+                        of_case.append(row)
+                finally:
+                    compare(of_case)
+                    rows += of_case
+                    show(of_case, told, has_base=base is not None)
+
+
+def show(rows: list[dict[str, Any]], told: set[tuple[str, str]], *, has_base: bool) -> None:
+    """A reason why someone is not there is told once for each operator."""
+    for row in rows:
+        reason = (row["backend"], row.get("skipped", ""))
+        if "skipped" not in row or reason not in told:
+            print(line(row, has_base=has_base), flush=True)
+        if "median" in row and "median" not in (row.get("base") or {"median": 0}):
+            print(f"{'':<30}at the base: " + " ".join(f"{key}: {value}" for key, value in row["base"].items()))
+        told.add(reason)
+
+
+def measure_case(
+    op: str,
+    case: Case,
+    direction: Direction,
+    ceilings: Ceilings,
+    base: Base | None,
+    options: argparse.Namespace,
+    is_compiled: bool,
+) -> Iterator[dict[str, Any]]:
+    """A row for each contender, the reference first, with its times, or `skipped`, `wrong` or `failed` and a reason."""
+    try:
+        dtype = DTYPES[options.dtype]
+        workload = Workload(op, case, dtype, options.device, direction, most_copies=options.copies)
+    except torch.OutOfMemoryError:
+        yield _row(op, case, direction, "reference", "backend") | {"skipped": "no memory to find out what is right"}
+        return
+    if workload.is_empty():
+        return
+    first: dict[str, Any] = {}
+    for row, contender in contenders(workload, options, is_compiled):
+        row |= {"truth_by": workload.truth_by, "bandwidth": ceilings.bandwidth, "flops_ceiling": ceilings.rate}
+        if contender is not None:
+            row |= attempt(workload, contender, ceilings, options.seconds)
+            if base is not None and row["kind"] == "backend" and "median" in row:
+                asked = {key: row[key] for key in ("op", "case", "backend", "direction", "bytes")}
+                row["base"] = base.measure(**asked)
+        first = first or row
+        yield row
+    if "median" in first:
+        again = attempt(workload, of_backend(op, "reference"), ceilings, options.seconds)
+        first["again"] = again.get("median", first["median"])
+
+
+def contenders(
+    workload: Workload, options: argparse.Namespace, is_compiled: bool
+) -> Iterator[tuple[dict[str, Any], Contender | None]]:
+    """The row of each, and None in place of those who can't run."""
+    op = workload.op
+    others = [name for name in options.backends or backends.backends_of(op) if name != "reference"]
+    for name in ["reference", *others]:
+        row = _row(op, workload.case, workload.direction, name, "backend")
+        reason = workload.why_not(name)
+        yield row | ({"skipped": reason} if reason else {}), None if reason else of_backend(op, name)
+    if not options.no_compile:
+        row = _row(op, workload.case, workload.direction, "torch.compile", "compile")
+        reason = None if is_compiled else "with --quick on a CPU, of the largest case alone"
+        yield row | ({"skipped": reason} if reason else {}), None if reason else compiled_reference(op)
+    for peer in peers_of(op, options.peers):
+        row = _row(op, workload.case, workload.direction, peer.name, "peer") | {"package": peer.package}
+        reason = peer.why_not(workload.copies[0], workload.direction)
+        contender = Contender(peer.name, peer.bind, "peer", is_partial=True)
+        yield row | ({"skipped": reason} if reason else {}), None if reason else contender
+
+
+def attempt(workload: Workload, contender: Contender, ceilings: Ceilings, seconds: float | None) -> dict[str, Any]:
+    try:
+        return workload.measure(contender, ceilings, seconds=seconds)
+    except torch.OutOfMemoryError:
+        return {"skipped": "out of memory"}
+    except Exception as error:  # whatever compilers and other people's packages raise: the other rows stand
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("op", choices=[*backends.ops(), "all"])
-    parser.add_argument(
-        "--backends",
-        nargs="+",
-        choices=get_args(backends.Backend),
-        metavar="BACKEND",
-        help="default: all that the operator has",
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", default="large" if device == "cuda" else "small", help="small, large or one's name")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the reference")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
-    return parser.parse_args(arguments)
-
-
-def chosen_cases(op: str, choice: str) -> list[Case]:
-    cases: list[Case] = importlib.import_module(f"opensora_kernels.ops.{op}.cases").CASES
-    if choice in ("small", "large"):
-        return [case for case in cases if case.is_large == (choice == "large")]
-    return [case for case in cases if case.name == choice]
-
-
-def measure_case(
-    op: str, case: Case, dtype: torch.dtype, ceilings: Ceilings, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """One row per backend, the reference first; each says its times, or `skipped` or `wrong` with the reason."""
-    function = getattr(opensora_kernels, op)
-    all_reference = dict.fromkeys(backends.ops(), "reference")
-    arguments = case.make(Maker(dtype, options.device))
-    # fp64 convolutions at the size of a release take minutes; fp32 is still 2^16 times finer than bf16
-    exact = torch.float32 if case.is_large and dtype != torch.float32 else torch.float64
-    with torch.no_grad(), use(**all_reference):
-        truth, plain = function(**case.make(Maker(exact, options.device))), function(**arguments)
-    if bytes_moved({}, plain) == 0:
-        return []
-    floor = {
-        "bytes": bytes_moved(arguments, plain),
-        "flops": case.flops(arguments),
-        "floor": floor_seconds(case, arguments, plain, ceilings),
-    }
-    flat = backends.flat_arguments(op, **arguments)
-    rows = []
-    others = [name for name in options.backends or backends.backends_of(op) if name != "reference"]
-    for name in ["reference", *([] if options.no_compile else [COMPILED]), *others]:
-        row: dict[str, Any] = {"op": op, "case": case.name, "backend": name}
-        rows.append(row)
-        backend = "reference" if name == COMPILED else name
-        reason = backends.why_not(op, backend, *flat)
-        if reason is not None:
-            row["skipped"] = reason
-            continue
-        run = function
-        if name == COMPILED:
-            torch._dynamo.reset()
-            run = torch.compile(function, dynamic=False)
-        with torch.no_grad(), use(**(all_reference if backend == "reference" else {op: backend})):
-            wrong = why_wrong(run(**arguments), plain, truth, dtype, name == "reference")
-            if wrong is not None:
-                row["wrong"] = wrong
-                continue
-            row |= asdict(time_calls(lambda run=run: run(**arguments), options.device)) | floor
-    medians = {row["backend"]: row["median"] for row in rows if "median" in row}
-    for row in rows:
-        if "median" in row:
-            row["times_as_fast_as"] = {name: median / row["median"] for name, median in medians.items()}
-    return rows
-
-
-def line(row: dict[str, Any]) -> str:
-    head = f"{row['op']:<18}{row['case']:<29}{row['backend']:<11}"
-    if "median" not in row:
-        return head + " ".join(f"{key}: {row[key]}" for key in ("skipped", "wrong") if key in row)
-    ratios = (row["times_as_fast_as"].get(name) for name in ("reference", COMPILED))
-    return (
-        f"{head}{row['median'] * 1e3:10.4f}{row['p20'] * 1e3:9.4f}{row['p80'] * 1e3:9.4f}"
-        f"{row['bytes'] / row['median'] / 1e9:8.1f}{row['flops'] / row['median'] / 1e12:9.3f}"
-        f"{100 * row['floor'] / row['median']:9.2f}"
-        + "".join(f"{'-':>8}" if ratio is None else f"{ratio:8.2f}" for ratio in ratios)
-    )
+    add = parser.add_argument
+    add("op", choices=[*backends.ops(), "all"], metavar="OP|all", help=", ".join(backends.ops()))
+    add("--quick", action="store_true", help="growing sizes, few runs; on a CPU one compiled case for each operator")
+    add("--cases", nargs="+", metavar="CASE", help="small (those of the tests), large (layers of releases), sizes "
+        "(growing: tokens, pixels or frames), or names; default: sizes, and on a GPU large too")  # fmt: skip
+    add("--direction", choices=["forward", "backward", "both"], default="forward", help="backward: gradients alone")
+    add("--backends", nargs="+", choices=get_args(backends.Backend), metavar="BACKEND",
+        help=f"of {', '.join(get_args(backends.Backend))}; default: all that the operator has")  # fmt: skip
+    add("--peers", nargs="+", choices=[*PACKAGES, "none"], metavar="PEER",
+        help=f"of {', '.join(PACKAGES)}, or none; default: all that apply")  # fmt: skip
+    add("--no-compile", action="store_true", help="leave out torch.compile of the reference")
+    add("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32", help="default here: %(default)s")
+    add("--device", choices=["cpu", "cuda"], default=device, help="default here: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="write every row there, with device, versions and commit")
+    add("--plot", type=Path, metavar="DIR", help="write pictures there: bars and the roofline, cost against size")
+    add("--base", metavar="REF", help="a git revision: measure it in turn, and show the speed-up over it")
+    options = parser.parse_args(arguments)
+    options.cases = options.cases or (["sizes"] if options.quick or options.device == "cpu" else ["large", "sizes"])
+    options.seconds = min(QUICK_SECONDS, measure.SECONDS) if options.quick else None
+    options.copies = 2 if options.quick else MOST_COPIES
+    if options.base is not None:
+        try:
+            alike = {"device": options.device, "dtype": options.dtype, "seconds": options.seconds}
+            options.base = Base(options.base, **alike, copies=options.copies)
+        except ValueError as error:
+            parser.error(str(error))
+    return options
 
 
 def describe(options: argparse.Namespace, ceilings: Ceilings) -> dict[str, Any]:
     """What a figure needs beside it to be believed later."""
     is_cuda = options.device == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if is_cuda else f"{_processor()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if is_cuda else f"{_processor()}, threads: {torch.get_num_threads()}",
         "dtype": options.dtype,
         "GB/s": round(ceilings.bandwidth / 1e9, 1),
         "TFLOP/s": round(ceilings.rate / 1e12, 3),
@@ -143,8 +205,15 @@ def describe(options: argparse.Namespace, ceilings: Ceilings) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": _git("describe", "--always", "--dirty", "--abbrev=12"),
+        **({"base": options.base.commit[:12]} if options.base else {}),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _row(op: str, case: Case, direction: str, backend: str, kind: str) -> dict[str, Any]:
+    axis, _, size = case.name.partition("=")
+    of_size = {"axis": axis, "size": int(size)} if size else {}
+    return {"op": op, "case": case.name, "direction": direction, "backend": backend, "kind": kind} | of_size
 
 
 def _processor() -> str:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import opensora_kernels
+from bench.cases import DTYPES, chosen_cases
 from bench.measure import time_calls, why_wrong
-from bench.operators import DTYPES, chosen_cases
 from opensora_kernels import backends, tuning, use
 from opensora_kernels.cases import Case, Maker
 from opensora_kernels.ops.causal_conv3d.triton_forms import CHAIN, GEMM, LIBRARY

@@ -1,0 +1,195 @@
+"""Pictures of what `python -m bench` measured: bars against the floor, the roofline, and cost against size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+_OURS = {"reference": "#9aa5b1", "library": "#5b8def", "triton": "#0b6e4f", "cuda": "#123a7a", "cpu": "#1f9e89"}
+_COMPILED = "#e0a030"
+_PEERS = ("#c8553d", "#d98a7b", "#8e5ea2", "#b79acb", "#7a6a58", "#c2b280", "#4d4d4d", "#a8a8a8")
+_MARKERS = "osD^vP*X<>"
+_MOST_BARS = 40  # of one picture: more are not read at a glance
+
+
+def plot(about: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write the pictures of all measured rows into `folder`, and say where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = [row for row in rows if "median" in row]
+    written = []
+    for direction in dict.fromkeys(row["direction"] for row in measured):
+        suffix = "" if direction == "forward" else "_backward"
+        of_direction = [row for row in measured if row["direction"] == direction]
+        for op in dict.fromkeys(row["op"] for row in of_direction):
+            of_op = [row for row in of_direction if row["op"] == op]
+            written.append(_save(_bars(about, of_op), folder / f"{op}{suffix}.png"))
+            growing = [row for row in of_op if "size" in row]
+            if len({row["size"] for row in growing}) > 1:
+                written.append(_save(_curves(about, growing), folder / f"{op}{suffix}_by_{growing[0]['axis']}.png"))
+        written.append(_save(_roofline(about, of_direction), folder / f"roofline{suffix}.png"))
+    return written
+
+
+def _title(about: Mapping[str, Any], text: str) -> str:
+    return f"{text}\n{about['device']} · {about['dtype']} · {about['date'][:10]} · {about['commit']}"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _colors(rows: Sequence[Row]) -> dict[str, str]:
+    """Ours have fixed colors; peers take theirs in the order in which they come."""
+    peers = dict.fromkeys(row["backend"] for row in rows if row["kind"] == "peer")
+    of_peers = {name: _PEERS[index % len(_PEERS)] for index, name in enumerate(peers)}
+    return _OURS | {"torch.compile": _COMPILED} | of_peers
+
+
+def _bars(about: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
+    """Median time of each contender, case by case, with whiskers from p20 to p80 and the floor as a line."""
+    kept: list[Row] = []
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    for case in reversed(cases):  # the largest come last, and say most
+        of_case = [row for row in rows if row["case"] == case]
+        if len(kept) + len(of_case) <= _MOST_BARS or not kept:
+            kept = of_case + kept
+    cases = list(dict.fromkeys(row["case"] for row in kept))
+    figure, axes = plt.subplots(figsize=(10, 1.9 + 0.27 * len(kept) + 0.42 * len(cases)), layout="constrained")
+    colors, position, ticks = _colors(kept), 0.0, []
+    shortest, longest = min(row["floor"] for row in kept), max(row["p80"] for row in kept)
+    for case in cases:
+        of_case = [row for row in kept if row["case"] == case]
+        top = position
+        for row in of_case:
+            _bar(axes, position, row, colors[row["backend"]])
+            ticks.append((position, row["backend"]))
+            position += 1
+        floor = of_case[0]["floor"] * 1e3
+        axes.plot([floor, floor], [top - 0.45, position - 0.55], color="black", lw=2)
+        axes.text(shortest * 420, top - 0.55, case.replace("=", " = "), fontsize=9, weight="bold", va="bottom")
+        position += 1.5
+    axes.plot(
+        [],
+        [],
+        color="black",
+        lw=2,
+        label="floor: the least time possible here; percentages: share of its speed",
+    )
+    axes.set(xscale="log", xlim=(shortest * 400, longest * 4e3), ylim=(position - 1.2, -1.7))
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=8)
+    _milliseconds(axes, "x")
+    axes.set_xlabel("milliseconds, shorter is better (median of a cold cache; whiskers p20 to p80)")
+    direction = rows[0]["direction"]
+    axes.set_title(_title(about, f"{rows[0]['op']}, {direction}"), fontsize=10, loc="left")
+    axes.grid(axis="x", which="major", alpha=0.3)
+    figure.legend(loc="outside lower right", fontsize=8, frameon=False)
+    return figure
+
+
+def _bar(axes: Axes, position: float, row: Row, color: str) -> None:
+    times = [row[name] * 1e3 for name in ("median", "p20", "p80")]
+    axes.barh(position, times[0], color=color, height=0.86)
+    axes.plot(times[1:], [position, position], color="black", lw=0.8)
+    share = 100 * row["floor"] / row["median"]
+    axes.text(times[2] * 1.12, position, f"{_short(times[0])} ms · {share:.0f} %", va="center", fontsize=8)
+
+
+def _roofline(about: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
+    """Operations per second against operations per byte: each operator's best backend and best peer, largest case."""
+    figure, axes = plt.subplots(figsize=(11, 6.6), layout="constrained")
+    bandwidth, peak = rows[0]["bandwidth"], rows[0]["flops_ceiling"]
+    ops = [op for op in dict.fromkeys(row["op"] for row in rows) if _largest(rows, op)[0]["flops"]]
+    for index, op in enumerate(ops):
+        of_case = _largest(rows, op)
+        color = plt.get_cmap("tab20")(index % 20)
+        ours = min((row for row in of_case if row["kind"] == "backend"), key=lambda row: row["median"], default=None)
+        others = min((row for row in of_case if row["kind"] != "backend"), key=lambda row: row["median"], default=None)
+        intensity = of_case[0]["flops"] / of_case[0]["bytes"]
+        for row, face in ((ours, color), (others, "none")):
+            if row is not None:
+                height, marker = row["flops"] / row["median"], _MARKERS[index % len(_MARKERS)]
+                axes.scatter(intensity, height, s=70, marker=marker, facecolor=face, edgecolor=color, lw=1.6, zorder=3)
+        if ours is not None:
+            axes.scatter([], [], s=50, marker=_MARKERS[index % len(_MARKERS)], color=color, label=_of_case(ours))
+    spread = [row["flops"] / row["bytes"] for op in ops for row in _largest(rows, op)] or [1.0]
+    knee = peak / bandwidth
+    low, high = min(*spread, knee) / 3, max(*spread, knee) * 3
+    ceilings = f"measured here: copy {_short(bandwidth / 1e9)} GB/s, matrix product {_rate(peak)}"
+    (roof,) = axes.plot([low, knee, high], [low * bandwidth, peak, peak], color="black", lw=1.8)
+    figure.legend([roof], [ceilings], loc="outside lower right", fontsize=9, frameon=False)
+    slowest = min((row["flops"] / row["median"] for op in ops for row in _largest(rows, op)), default=peak)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(slowest / 2, peak / 200), peak * 2))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _rate(value)))
+    axes.set_xlabel("operations per byte that must be moved")
+    axes.set_ylabel("operations per second that count")
+    text = f"roofline, {rows[0]['direction']}, each operator's largest case; filled: our fastest, hollow: the best else"
+    axes.set_title(_title(about, text), fontsize=10, loc="left")
+    axes.grid(which="major", alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _largest(rows: Sequence[Row], op: str) -> list[Row]:
+    of_op = [row for row in rows if row["op"] == op]
+    case = max(of_op, key=lambda row: row["bytes"])["case"]
+    return [row for row in of_op if row["case"] == case]
+
+
+def _of_case(row: Row) -> str:
+    return f"{row['op']}, {row['case']} ({row['backend']})"
+
+
+def _curves(about: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
+    """Median against size, both logarithmic, with the floor below."""
+    figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    colors = _colors(rows)
+    for index, name in enumerate(dict.fromkeys(row["backend"] for row in rows)):
+        points = sorted((row["size"], *(row[key] * 1e3 for key in ("median", "p20", "p80"))) for row in rows
+                        if row["backend"] == name)  # fmt: skip
+        sizes, medians, low, high = zip(*points, strict=True)
+        axes.plot(sizes, medians, marker=_MARKERS[index % len(_MARKERS)], color=colors[name], label=name, ms=5)
+        axes.fill_between(sizes, low, high, color=colors[name], alpha=0.15, lw=0)
+    floors = sorted({row["size"]: row["floor"] * 1e3 for row in rows}.items())
+    axes.plot(*zip(*floors, strict=True), color="black", lw=2, label="floor")
+    axes.set(xscale="log", yscale="log", xlabel=rows[0]["axis"], ylabel="milliseconds, lower is better")
+    axes.set_xticks([size for size, _ in floors], [f"{size:,}" for size, _ in floors])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _milliseconds(axes, "y")
+    direction = rows[0]["direction"]
+    text = f"{rows[0]['op']}, {direction}: cost against {rows[0]['axis']}"
+    axes.set_title(_title(about, text), fontsize=10, loc="left")
+    axes.grid(which="major", alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _milliseconds(axes: Axes, which: str) -> None:
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _rate(value: float) -> str:
+    return f"{value / 1e12:,.4g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:,.3g} GFLOP/s"

@@ -1,0 +1,232 @@
+"""One case on one device: its inputs, what is right for them, and the time of whoever gets it right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch.utils import _pytree as pytree
+
+import opensora_kernels
+from bench import measure
+from bench.measure import Ceilings, as_graphs, peak_bytes, time_calls, why_wrong
+from opensora_kernels import backends, use
+from opensora_kernels.cases import Case, Maker, bytes_moved
+
+Direction = Literal["forward", "backward"]
+Arguments = dict[str, Any]
+
+MOST_COPIES = 8
+# Below this a GPU waits for the host, which needs 5 to 10 us for a launch: such calls are replayed as a CUDA graph.
+LAUNCH_BOUND_SECONDS = 20e-6
+# Inputs that the gradients do not depend on, which a backward pass need not read.
+_UNREAD_BACKWARD = {"gate_residual": {"x"}, "guided_euler_step": {"z"}, "pack_shards": {"tensors"}}
+_UNREAD_BACKWARD |= {"causal_conv3d": {"bias", "residual"}, "upsample_conv3d": {"bias"}}
+_UNREAD_BACKWARD |= {"unpack_shards": {"packed"}, "blend_tiles": {"tiles"}}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Someone to be timed. `bind` makes the call for given arguments, outside the timing; `backends` is what `use` is
+    told meanwhile. `is_partial`: it may return the first of the reference's results alone."""
+
+    name: str
+    bind: Callable[[Mapping[str, Any]], Callable[[], Any]]
+    kind: Literal["backend", "compile", "peer"] = "backend"
+    backends: Mapping[str, str] = field(default_factory=dict)
+    is_reference: bool = False
+    is_partial: bool = False
+
+
+def of_backend(op: str, backend: str) -> Contender:
+    """The public function, with `backend` ordered; for the reference all operators inside it are references too."""
+    is_reference = backend == "reference"
+    ordered = dict.fromkeys(backends.ops(), "reference") if is_reference else {op: backend}
+    function = getattr(opensora_kernels, op)
+    return Contender(
+        backend, lambda arguments: partial(function, **arguments), backends=ordered, is_reference=is_reference
+    )
+
+
+def compiled_reference(op: str) -> Contender:
+    torch._dynamo.reset()
+    function = torch.compile(getattr(opensora_kernels, op), dynamic=False)
+    ordered = dict.fromkeys(backends.ops(), "reference")
+    return Contender("torch.compile", lambda arguments: partial(function, **arguments), "compile", ordered)
+
+
+class Workload:
+    """A case drawn at least twice: calls take the copies in turn, and results are checked on values never seen in the
+    memory that they then lie in."""
+
+    def __init__(
+        self,
+        op: str,
+        case: Case,
+        dtype: torch.dtype,
+        device: str,
+        direction: Direction = "forward",
+        *,
+        most_copies: int = MOST_COPIES,
+    ) -> None:
+        self.op, self.case, self.dtype, self.device, self.direction = op, case, dtype, device, direction
+        self.copies = [self._drawn(0), self._drawn(1)]
+        while len(self.copies) < min(most_copies, -(-measure.FLUSHED_BYTES[device] // max(1, self._input_bytes()))):
+            self.copies.append(self._drawn(len(self.copies)))
+        self._values = [[leaf.detach().clone() for leaf in _tensors(copy)] for copy in self.copies[:2]]
+        self.truth_by = "reference"
+        exact = torch.float64 if dtype == torch.float32 or not case.is_large else torch.float32
+        self._plain = [self._expected(copy, dtype) for copy in self.copies[:2]]
+        self._truth = [self._expected(copy, exact) for copy in self.copies[:2]]
+
+    def is_empty(self) -> bool:
+        return bytes_moved({}, self._plain[0]) == 0
+
+    def why_not(self, backend: str) -> str | None:
+        return backends.why_not(self.op, backend, *backends.flat_arguments(self.op, **self.copies[0]))
+
+    def floor(self, ceilings: Ceilings) -> dict[str, float]:
+        """Bytes and operations that nobody can avoid, and the seconds that they take at best."""
+        moved, flops = self._least
+        return {"bytes": moved, "flops": flops, "floor": max(moved / ceilings.bandwidth, flops / ceilings.rate)}
+
+    @cached_property
+    def _least(self) -> tuple[int, int]:
+        """Forward: inputs read, results written. Backward: cotangents and what gradients depend on read, gradients that
+        are no cotangent themselves written, with twice the operations of the forward pass."""
+        arguments = self.copies[0]
+        if self.direction == "forward":
+            return bytes_moved(arguments, self._plain[0]), self.case.flops(arguments)
+        reference, gradients = of_backend(self.op, "reference"), _tensors(self._plain[0])
+        with use(**reference.backends):
+            cotangents = self._cotangents(self._outputs(reference, arguments))
+        same = [[one.shape == other.shape and torch.equal(one, other) for other in cotangents] for one in gradients]
+        written = [gradient for gradient, passes in zip(gradients, same, strict=True) if not any(passes)]
+        unread = _UNREAD_BACKWARD.get(self.op, set())
+        read = {name: value for name, value in arguments.items() if name not in unread}
+        return bytes_moved(read, [cotangents, written]), 2 * self.case.flops(arguments)
+
+    def measure(self, contender: Contender, ceilings: Ceilings, *, seconds: float | None = None) -> dict[str, Any]:
+        """`wrong` with the reason; or times, bytes and floor. Accuracy is checked before the timing, and after it with
+        other values in the memory of the first copy, where a result kept from an earlier call is wrong."""
+        has_gradient = self.direction == "backward"
+        # a backward pass that is timed keeps its graph, whose buffers torch.compile would otherwise reuse
+        keeping = functorch_config.patch(donated_buffer=False)
+        with use(**contender.backends), torch.set_grad_enabled(has_gradient), keeping:
+            wrong = self.why_wrong(contender, 0)
+            if wrong is not None:
+                return {"wrong": wrong}
+            floor = self.floor(ceilings)
+            calls = [self.call(contender, copy) for copy in self.copies]
+            replays = None
+            if self.device == "cuda" and not has_gradient and floor["floor"] < LAUNCH_BOUND_SECONDS:
+                replays = as_graphs(calls)
+            timing = time_calls(replays or calls, self.device, seconds=seconds)
+            peak = peak_bytes(calls[0], self.device)
+            wrong = self._why_wrong_on_other_values(contender)
+        if wrong is not None:
+            return {"wrong": wrong}
+        return asdict(timing) | floor | {"peak_bytes": peak, "is_replayed": replays is not None}
+
+    def _drawn(self, seed: int) -> Arguments:
+        arguments = self.case.make(Maker(self.dtype, self.device, seed))
+        if self.direction == "backward":
+            # a gradient through state and statistics as well would be another operator's work too
+            arguments = {name: value for name, value in arguments.items() if not name.startswith("return_")}
+            for leaf in _tensors(arguments):
+                leaf.requires_grad_(leaf.is_floating_point())
+        return arguments
+
+    def _input_bytes(self) -> int:
+        return bytes_moved(self.copies[0], ())
+
+    def _expected(self, arguments: Arguments, dtype: torch.dtype) -> Any:
+        """The reference's result at `dtype`; where memory does not hold it, the library's, and `truth_by` says so."""
+        if dtype != self.dtype:
+            arguments = pytree.tree_map(partial(_at, dtype), arguments)
+        contender = of_backend(self.op, "reference")
+        tf32_off = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+        with tf32_off, torch.set_grad_enabled(self.direction == "backward"):
+            if self.truth_by == "reference":
+                try:
+                    with use(**contender.backends):
+                        return self.call(contender, arguments)()
+                except torch.OutOfMemoryError:
+                    if "library" not in backends.backends_of(self.op):
+                        raise
+                    self.truth_by = "library"
+            with use(**{self.op: "library"}):
+                return self.call(of_backend(self.op, "library"), arguments)()
+
+    def _outputs(self, contender: Contender, arguments: Arguments) -> list[Tensor]:
+        with torch.enable_grad():
+            outputs = _tensors(contender.bind(arguments)())
+        return [out for out in outputs if out.requires_grad]
+
+    def call(self, contender: Contender, arguments: Arguments) -> Callable[[], Any]:
+        if self.direction == "forward":
+            return contender.bind(arguments)
+        outputs = self._outputs(contender, arguments)
+        leaves = [leaf for leaf in _tensors(arguments) if leaf.requires_grad]
+        cotangents = self._cotangents(outputs)
+        return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True)
+
+    def _cotangents(self, outputs: list[Tensor]) -> list[Tensor]:
+        draw = Maker(self.dtype, self.device, seed=99)
+        return [draw.normal(*out.shape, dtype=out.dtype) for out in outputs]
+
+    def why_wrong(self, contender: Contender, seed: int = 0) -> str | None:
+        """Of the first copy, holding the values of `seed`, with a result in memory full of NaN."""
+        # deterministic algorithms would have torch.compile compile again, for them
+        with _poisoned(contender.kind != "compile"):
+            actual = self.call(contender, self.copies[0])()
+        plain, truth = self._plain[seed], self._truth[seed]
+        if contender.is_partial and self.direction == "forward":
+            actual, plain, truth = (_tensors(tree) for tree in (actual, plain, truth))
+            plain, truth = plain[: len(actual)], truth[: len(actual)]
+        is_reference = contender.is_reference and self.direction == "forward"
+        return why_wrong(actual, plain, truth, self.dtype, is_reference)
+
+    def _why_wrong_on_other_values(self, contender: Contender) -> str | None:
+        leaves = _tensors(self.copies[0])
+        if not all(map(torch.equal, leaves, self._values[0])):
+            self._write(0)
+            return "it changed its inputs"
+        try:
+            self._write(1)
+            wrong = self.why_wrong(contender, 1)
+        finally:
+            self._write(0)
+        return None if wrong is None else f"right at first, but not for other values: {wrong}"
+
+    def _write(self, seed: int) -> None:
+        with torch.no_grad():
+            for leaf, value in zip(_tensors(self.copies[0]), self._values[seed], strict=True):
+                leaf.copy_(value)
+
+
+@contextmanager
+def _poisoned(is_wanted: bool) -> Iterator[None]:
+    """torch.empty gives NaN, so that what a kernel leaves out can't be right by chance."""
+    was_on, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(was_on or is_wanted, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=warns)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _at(dtype: torch.dtype, leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    return leaf.detach().to(dtype).requires_grad_(leaf.requires_grad)
