@@ -15,7 +15,7 @@ import torch
 def about_this_run(device: str) -> dict[str, Any]:
     is_cuda = device == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if is_cuda else f"{_processor()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if is_cuda else f"{_processor()}, threads: {torch.get_num_threads()}",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,

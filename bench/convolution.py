@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from bench.about import about_this_run
+from bench.cases import DTYPES
 from bench.measure import measure_ceilings, time_calls
-from bench.operators import DTYPES
 from opensora_kernels.cases import Maker
 
 # 3 x 3 x 3 on clips of about equal work: the widths of Wan 2.1, HunyuanVideo and the Open-Sora VAEs.

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from bench import measure
+from bench.about import about_this_run
 from bench.base import Base
 from bench.cases import DTYPES, chosen_cases
 from bench.measure import Ceilings, measure_ceilings
@@ -195,18 +193,12 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 def describe(options: argparse.Namespace, ceilings: Ceilings) -> dict[str, Any]:
     """What a figure needs beside it to be believed later."""
-    is_cuda = options.device == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if is_cuda else f"{_processor()}, threads: {torch.get_num_threads()}",
+        **about_this_run(options.device),
         "dtype": options.dtype,
         "GB/s": round(ceilings.bandwidth / 1e9, 1),
         "TFLOP/s": round(ceilings.rate / 1e12, 3),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": _git("describe", "--always", "--dirty", "--abbrev=12"),
         **({"base": options.base.commit[:12]} if options.base else {}),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
@@ -214,14 +206,3 @@ def _row(op: str, case: Case, direction: str, backend: str, kind: str) -> dict[s
     axis, _, size = case.name.partition("=")
     of_size = {"axis": axis, "size": int(size)} if size else {}
     return {"op": op, "case": case.name, "direction": direction, "backend": backend, "kind": kind} | of_size
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [text.split(":", 1)[1].strip() for text in lines if text.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    ran = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return ran.stdout.strip() if ran.returncode == 0 else None
