@@ -8,7 +8,7 @@ Triton kernels inside either.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -74,29 +74,18 @@ def register_op(
     def run_backward(grads: list[Tensor | None], wanted: list[bool], saved: list[Tensor], *inputs: Any) -> list[Tensor]:
         *values, backend = inputs
         found = backends.implementation(op, backend).backward(grads, wanted, saved, *values)
-        needed = [pair for pair, is_wanted in zip(zip(found, values, strict=True), wanted, strict=True) if is_wanted]
-        leaves = [pytree.tree_leaves(trees) for trees in zip(*needed, strict=True)] if needed else [[], []]
-        return [_like(gradient, value) for gradient, value in zip(*leaves, strict=True)]
+        return [_like(gradient, value) for gradient, value in _wanted_pairs(found, values, wanted)]
 
     def shape_rule_backward(grads: Any, wanted: list[bool], saved: Any, *inputs: Any) -> list[Tensor]:
         needed = [value for value, is_wanted in zip(inputs[:-1], wanted, strict=True) if is_wanted]
         return [torch.empty_like(value) for value in pytree.tree_leaves(needed)]
 
     def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        leaves, ctx.structure = pytree.tree_flatten(inputs)
-        ctx.tensor_positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        saved = saved_of(op, inputs[:-1], output)
         ctx.set_materialize_grads(False)  # a result that nothing used has no gradient, not one of zeros
-        ctx.num_saved = len(saved)
-        ctx.save_for_backward(*saved, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        _keep(ctx, inputs, saved_of(op, inputs[:-1], output))
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        tensors = list(ctx.saved_tensors)
-        saved, leaves = tensors[: ctx.num_saved], list(ctx.others)
-        for position, tensor in zip(ctx.tensor_positions, tensors[ctx.num_saved :], strict=True):
-            leaves[position] = tensor
-        *values, backend = pytree.tree_unflatten(leaves, ctx.structure)
+        saved, (*values, backend) = _kept(ctx)
         # torch.library hands the gradients of a list of outputs in one list
         flat_grads = list(grads[0]) if len(grads) == 1 and isinstance(grads[0], (list, tuple)) else list(grads)
         chosen = backends.implementation(op, backend)
@@ -117,38 +106,28 @@ def register_op(
             gradients[index] = flat_grads[0]
         return (*gradients, None)
 
-    def save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def save_inputs_of_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         grads, ctx.wanted, saved, *values = inputs[:-1]
-        leaves, ctx.structure = pytree.tree_flatten((list(grads), values))
-        ctx.num_saved, ctx.num_results = len(saved), len(output)
-        ctx.tensor_positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        ctx.num_saved = len(saved)
+        _keep(ctx, (list(grads), *values), [])
 
     def double_backward(ctx: Any, grads_of_gradients: list[Tensor | None]) -> tuple[Any, ...]:
         """Gradients of gradients are those of the reference, whichever backend computed the first ones."""
-        leaves = list(ctx.others)
-        for position, tensor in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
-            leaves[position] = tensor
-        grads, values = pytree.tree_unflatten(leaves, ctx.structure)
+        _, (grads, *values) = _kept(ctx)
 
-        def gradients(*arguments: Any) -> list[Tensor]:
-            given, *inputs = arguments
-            found = _recompute(reference, inputs, tuple(given), create_graph=True)
-            needed = [
-                pair for pair, is_wanted in zip(zip(found, inputs, strict=True), ctx.wanted, strict=True) if is_wanted
-            ]
-            leaves = [pytree.tree_leaves(trees) for trees in zip(*needed, strict=True)] if needed else [[], []]
-            return [x.new_zeros(x.shape) if grad is None else grad for grad, x in zip(*leaves, strict=True)]
+        def gradients(given: list[Tensor | None], *inputs: Any) -> list[Tensor]:
+            found = _recompute(reference, list(inputs), tuple(given), create_graph=True)
+            pairs = _wanted_pairs(found, inputs, ctx.wanted)
+            return [x.new_zeros(x.shape) if gradient is None else gradient for gradient, x in pairs]
 
-        found = _recompute(gradients, [grads, *values], tuple(grads_of_gradients))
-        return (found[0], None, [None] * ctx.num_saved, *found[1:], None)
+        of_grads, *of_values = _recompute(gradients, [grads, *values], tuple(grads_of_gradients))
+        return (of_grads, None, [None] * ctx.num_saved, *of_values, None)
 
     _implement(op, run, shape_rule)
     _implement(f"{op}_backward", run_backward, shape_rule_backward)
     torch.library.register_autograd(f"{_NAMESPACE}::{op}", backward, setup_context=save_inputs, lib=_library)
     torch.library.register_autograd(
-        f"{_NAMESPACE}::{op}_backward", double_backward, setup_context=save_backward_inputs, lib=_library
+        f"{_NAMESPACE}::{op}_backward", double_backward, setup_context=save_inputs_of_backward, lib=_library
     )
 
 
@@ -168,6 +147,29 @@ def saved_of(op: str, values: tuple[Any, ...], results: Any) -> list[Tensor]:
     if op in _keeping and _keeping[op](*values):
         return list(results)
     return list(results[1:]) if op in _saving else []
+
+
+def _keep(ctx: Any, tree: Any, others: list[Tensor]) -> None:
+    """For the backward pass: `others`, and `tree` with its tensors apart, as autograd wants them."""
+    leaves, ctx.structure = pytree.tree_flatten(tree)
+    ctx.positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    ctx.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    ctx.num_others = len(others)
+    ctx.save_for_backward(*others, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+
+def _kept(ctx: Any) -> tuple[list[Tensor], Any]:
+    tensors, leaves = list(ctx.saved_tensors), list(ctx.leaves)
+    for position, tensor in zip(ctx.positions, tensors[ctx.num_others :], strict=True):
+        leaves[position] = tensor
+    return tensors[: ctx.num_others], pytree.tree_unflatten(leaves, ctx.structure)
+
+
+def _wanted_pairs(gradients: Any, values: Any, wanted: list[bool]) -> Iterator[tuple[Any, Tensor]]:
+    """Each tensor of a wanted value with its gradient."""
+    for gradient, value, is_wanted in zip(gradients, values, wanted, strict=True):
+        if is_wanted:
+            yield from zip(pytree.tree_leaves(gradient), pytree.tree_leaves(value), strict=True)
 
 
 def _implement(name: str, run: Callable[..., Any], shape_rule: Callable[..., Any]) -> None:
