@@ -147,12 +147,13 @@ def _why_not_these(values: tuple[Any, ...]) -> str | None:
     tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
     if (reason := why_not(tensors[0].device)) is not None:
         return reason
+    is_wrong_in_bf16 = not interpreter_knows_bf16 and is_interpreted()  # the environment is read once a call
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
             return f"Triton kernels compute in fp32, got a tensor of {tensor.dtype}"
         if tensor.is_complex():
             return f"Triton has no complex numbers, got a tensor of {tensor.dtype}"
-        if tensor.dtype is torch.bfloat16 and is_interpreted() and not interpreter_knows_bf16:
+        if tensor.dtype is torch.bfloat16 and is_wrong_in_bf16:
             return "Triton's interpreter is wrong in bf16: it rounds towards zero and multiplies bits as whole numbers"
     return None
 
