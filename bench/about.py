@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -23,6 +24,13 @@ def about_this_run(device: str) -> dict[str, Any]:
         "commit": _git("describe", "--always", "--dirty", "--abbrev=12"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def write_json(path: Path, record: Any, **options: Any) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, indent=1, **options) + "\n")
+    unfinished.replace(path)
 
 
 def _version(package: str) -> str | None:

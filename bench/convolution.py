@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.about import about_this_run
+from bench.about import about_this_run, write_json
 from bench.cases import DTYPES
 from bench.measure import measure_ceilings, time_calls
 from opensora_kernels.cases import Maker
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         print(" ".join(cells), flush=True)
     if options.json:
         record = {**about, "dtype": options.dtype, "rate": ceilings.rate, "rows": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(options.json, record)
     return 0
 
 

@@ -8,7 +8,6 @@ machine lacks (pytest, hypothesis, peers) may lie in a folder.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bench.about import about_this_run
+from bench.about import about_this_run, write_json
 
 ROOT = Path(__file__).parents[1]
 TAIL = 12  # lines of a part's log that are shown
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     outcomes = run_all(parts(options.output), options.output, 60 * options.minutes, environment)
     shutil.rmtree(options.output / "site", ignore_errors=True)
     record = {**about_this_run("cuda"), "parts": [asdict(outcome) for outcome in outcomes]}
-    (options.output / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options.output / "run.json", record)
     print("\n".join(f"{outcome.name:<14}{outcome.seconds:7.1f} s  {outcome.status}" for outcome in outcomes))
     return int(any(outcome.status != "done" for outcome in outcomes))
 

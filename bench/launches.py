@@ -18,9 +18,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.measure import tensors
 from opensora_kernels import _triton, backends
 
 _ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
@@ -102,10 +102,6 @@ def bytes_of(given: Iterable[Tensor]) -> int:
         held = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
         sizes[key] = prod(held) * tensor.element_size()
     return sum(sizes.values())
-
-
-def tensors(*trees: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
 def _is_view(operator: OpOverload) -> bool:

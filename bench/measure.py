@@ -113,7 +113,7 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
 def why_wrong(actual: Any, plain: Any, truth: Any, dtype: torch.dtype, is_reference: bool) -> str | None:
     """The accuracy rule of the tests, as a sentence or None. `plain` is the reference's result in `dtype`."""
     if is_reference:
-        return _why_reference_is_wrong(_tensors(actual), _tensors(truth), dtype)
+        return _why_reference_is_wrong(tensors(actual), tensors(truth), dtype)
     try:
         assert_accurate(actual, plain, truth, "result")
     except AssertionError as error:
@@ -137,8 +137,9 @@ def _why_reference_is_wrong(actual: list[Tensor], truth: list[Tensor], dtype: to
     return None
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+def tensors(*trees: Any) -> list[Tensor]:
+    """Those in any nesting of lists and dicts, in order."""
+    return [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
 def _run_on_cuda(calls: itertools.islice[Callable[[], Any]], flushed: Tensor) -> list[float]:

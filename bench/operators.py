@@ -12,7 +12,6 @@ and a matrix product measured in the same run. Ctrl-C keeps what is finished.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, get_args
 import torch
 
 from bench import measure
-from bench.about import about_this_run
+from bench.about import about_this_run, write_json
 from bench.base import Base
 from bench.cases import DTYPES, chosen_cases
 from bench.measure import Ceilings, measure_ceilings
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         raise SystemExit(f"bench: {options.op} has no case {' '.join(options.cases)!r}")
     print(f"\n{spread(rows)}\n{tally(rows)}")
     if options.json:
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        write_json(options.json, {**about, "rows": rows})
     if options.plot:
         from bench.plots import plot
 

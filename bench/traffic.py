@@ -11,7 +11,6 @@ Text keys and values are made once for each prompt, so they are no part of a blo
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from bench.about import write_json
 from bench.launches import Launch, counted
 from opensora.config import STDiT2Config, STDiT3Config, TemporalVAEConfig
 from opensora.models import layers
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"    {operator['name']:<39}{place:<8}{operator['units']:8.2f}{operator['launches']:18d}")
     if options.json:
         about = {"opensora_kernels": __version__, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
+        write_json(options.json, about)
     return 0
 
 

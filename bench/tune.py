@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import opensora_kernels
+from bench.about import write_json
 from bench.cases import DTYPES, chosen_cases
-from bench.measure import time_calls, why_wrong
+from bench.measure import tensors, time_calls, why_wrong
 from opensora_kernels import backends, tuning, use
 from opensora_kernels.cases import Case, Maker
 from opensora_kernels.ops.causal_conv3d.triton_forms import CHAIN, GEMM, LIBRARY
@@ -66,16 +66,15 @@ class Call:
 
     def _draw(self, dtype: torch.dtype) -> tuple[dict[str, Any], list[Tensor]]:
         arguments = self.case.make(Maker(dtype, self.device))
-        tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        return arguments, [leaf.requires_grad_() for leaf in tensors if leaf.is_floating_point() and leaf.is_leaf]
+        floating = [leaf for leaf in tensors(arguments) if leaf.is_floating_point() and leaf.is_leaf]
+        return arguments, [leaf.requires_grad_() for leaf in floating]
 
     def _run(self, arguments: dict[str, Any], leaves: list[Tensor]) -> Any:
         function = getattr(opensora_kernels, self.op)
         if not self.is_backward:
             with torch.no_grad():
                 return function(**arguments)
-        outputs = [out for out in pytree.tree_leaves(function(**arguments)) if isinstance(out, Tensor)]
-        outputs = [out for out in outputs if out.requires_grad]
+        outputs = [out for out in tensors(function(**arguments)) if out.requires_grad]
         return list(torch.autograd.grad(outputs, leaves, [out.detach() for out in outputs], allow_unused=True))
 
 
@@ -141,9 +140,7 @@ def write(device: str, op: str, found: Mapping[str, Constants], folder: Path) ->
     for key, constants in found.items():
         of_op[key] = {**of_op.get(key, {}), **constants}
     folder.mkdir(exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    unfinished.replace(path)
+    write_json(path, table, sort_keys=True)
     return path
 
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import opensora_kernels
 from bench import measure
-from bench.measure import Ceilings, as_graphs, peak_bytes, time_calls, why_wrong
+from bench.measure import Ceilings, as_graphs, peak_bytes, tensors, time_calls, why_wrong
 from opensora_kernels import backends, use
 from opensora_kernels.cases import Case, Maker, bytes_moved
 
@@ -79,7 +79,7 @@ class Workload:
         self.copies = [self._drawn(0), self._drawn(1)]
         while len(self.copies) < min(most_copies, -(-measure.FLUSHED_BYTES[device] // max(1, self._input_bytes()))):
             self.copies.append(self._drawn(len(self.copies)))
-        self._values = [[leaf.detach().clone() for leaf in _tensors(copy)] for copy in self.copies[:2]]
+        self._values = [[leaf.detach().clone() for leaf in tensors(copy)] for copy in self.copies[:2]]
         self.truth_by = "reference"
         exact = torch.float64 if dtype == torch.float32 or not case.is_large else torch.float32
         self._plain = [self._expected(copy, dtype) for copy in self.copies[:2]]
@@ -103,7 +103,7 @@ class Workload:
         arguments = self.copies[0]
         if self.direction == "forward":
             return bytes_moved(arguments, self._plain[0]), self.case.flops(arguments)
-        reference, gradients = of_backend(self.op, "reference"), _tensors(self._plain[0])
+        reference, gradients = of_backend(self.op, "reference"), tensors(self._plain[0])
         with use(**reference.backends):
             cotangents = self._cotangents(self._outputs(reference, arguments))
         same = [[one.shape == other.shape and torch.equal(one, other) for other in cotangents] for one in gradients]
@@ -139,7 +139,7 @@ class Workload:
         if self.direction == "backward":
             # a gradient through state and statistics as well would be another operator's work too
             arguments = {name: value for name, value in arguments.items() if not name.startswith("return_")}
-            for leaf in _tensors(arguments):
+            for leaf in tensors(arguments):
                 leaf.requires_grad_(leaf.is_floating_point())
         return arguments
 
@@ -166,14 +166,14 @@ class Workload:
 
     def _outputs(self, contender: Contender, arguments: Arguments) -> list[Tensor]:
         with torch.enable_grad():
-            outputs = _tensors(contender.bind(arguments)())
+            outputs = tensors(contender.bind(arguments)())
         return [out for out in outputs if out.requires_grad]
 
     def call(self, contender: Contender, arguments: Arguments) -> Callable[[], Any]:
         if self.direction == "forward":
             return contender.bind(arguments)
         outputs = self._outputs(contender, arguments)
-        leaves = [leaf for leaf in _tensors(arguments) if leaf.requires_grad]
+        leaves = [leaf for leaf in tensors(arguments) if leaf.requires_grad]
         cotangents = self._cotangents(outputs)
         return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True)
 
@@ -188,13 +188,13 @@ class Workload:
             actual = self.call(contender, self.copies[0])()
         plain, truth = self._plain[seed], self._truth[seed]
         if contender.is_partial and self.direction == "forward":
-            actual, plain, truth = (_tensors(tree) for tree in (actual, plain, truth))
+            actual, plain, truth = (tensors(tree) for tree in (actual, plain, truth))
             plain, truth = plain[: len(actual)], truth[: len(actual)]
         is_reference = contender.is_reference and self.direction == "forward"
         return why_wrong(actual, plain, truth, self.dtype, is_reference)
 
     def _why_wrong_on_other_values(self, contender: Contender) -> str | None:
-        leaves = _tensors(self.copies[0])
+        leaves = tensors(self.copies[0])
         if not all(map(torch.equal, leaves, self._values[0])):
             self._write(0)
             return "it changed its inputs"
@@ -207,7 +207,7 @@ class Workload:
 
     def _write(self, seed: int) -> None:
         with torch.no_grad():
-            for leaf, value in zip(_tensors(self.copies[0]), self._values[seed], strict=True):
+            for leaf, value in zip(tensors(self.copies[0]), self._values[seed], strict=True):
                 leaf.copy_(value)
 
 
@@ -220,10 +220,6 @@ def _poisoned(is_wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=warns)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _at(dtype: torch.dtype, leaf: Any) -> Any:
