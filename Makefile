@@ -12,7 +12,7 @@ sample: $(VENV)/.installed  ## a video from the embedded model: an mp4 and a con
 test: $(VENV)/.installed  ## everything that needs no GPU
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(VENV)/bin/clang-format --dry-run --Werror csrc/*
