@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -24,6 +26,27 @@ def about_this_run(device: str) -> dict[str, Any]:
         "commit": _git("describe", "--always", "--dirty", "--abbrev=12"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def json_file(text: str) -> Path:
+    """Of an option: its folder is made now, so that hours of measuring do not end in an error."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must name a file, got the folder {text}")
+    picture_folder(str(path.parent))
+    return path
+
+
+def picture_folder(text: str) -> Path:
+    """Of an option, made now for the same reason."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must be a folder that can be written, got {text}: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a folder that can be written, got {text}")
+    return folder
 
 
 def write_json(path: Path, record: Any, **options: Any) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bench.about import about_this_run, write_json
+from bench.about import about_this_run, json_file, write_json
 from bench.cases import DTYPES
 from bench.measure import measure_ceilings, time_calls
 from opensora_kernels.cases import Maker
@@ -25,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m bench convolution", description=__doc__.split(":", 1)[1].strip())
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write everything there too")
     options = parser.parse_args(arguments)
     ceilings = measure_ceilings(device, DTYPES[options.dtype])
     about = about_this_run(device)

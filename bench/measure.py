@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from opensora.sampling.stages import peak_memory, reset_peak_memory
 from opensora_kernels.cases import Maker
 from tests.ops.accuracy import NUM_ULP, assert_accurate
 
@@ -87,15 +90,24 @@ def as_graphs(calls: Sequence[Callable[[], Any]]) -> list[Callable[[], Any]] | N
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
-    """The most memory that a call takes beyond what is there before it; None on a CPU, where nothing counts it."""
-    if device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    """The most memory that a call takes beyond what is there before it: allocated on a GPU, resident on a CPU, where
+    that is to be had (Linux; None elsewhere). Both leave out what a library maps once and keeps."""
     call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    if device != "cuda" and not hasattr(_libc(), "malloc_trim"):
+        return None
+    _synchronize(device)
+    gc.collect()
+    if device != "cuda":
+        _libc().malloc_trim(0)  # what the allocator keeps for later would hide as much of the call's own
+    reset_peak_memory(torch.device(device))
+    before = peak_memory(torch.device(device))
+    call()
+    _synchronize(device)
+    return peak_memory(torch.device(device)) - before
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:

@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from bench import measure
-from bench.about import about_this_run, write_json
+from bench.about import about_this_run, json_file, picture_folder, write_json
 from bench.base import Base
 from bench.cases import DTYPES, chosen_cases
 from bench.measure import Ceilings, measure_ceilings
@@ -132,8 +131,9 @@ def contenders(
     """The row of each, and None in place of those who can't run."""
     op = workload.op
     others = [name for name in options.backends or backends.backends_of(op) if name != "reference"]
+    chosen = workload.chosen()
     for name in ["reference", *others]:
-        row = _row(op, workload.case, workload.direction, name, "backend")
+        row = _row(op, workload.case, workload.direction, name, "backend") | {"is_chosen": name == chosen}
         reason = workload.why_not(name)
         yield row | ({"skipped": reason} if reason else {}), None if reason else of_backend(op, name)
     if not options.no_compile:
@@ -174,8 +174,13 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--no-compile", action="store_true", help="leave out torch.compile of the reference")
     add("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32", help="default here: %(default)s")
     add("--device", choices=["cpu", "cuda"], default=device, help="default here: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="write every row there, with device, versions and commit")
-    add("--plot", type=Path, metavar="DIR", help="write pictures there: bars and the roofline, cost against size")
+    add("--json", type=json_file, metavar="FILE", help="write every row there, with device, versions and commit")
+    add(
+        "--plot",
+        type=picture_folder,
+        metavar="DIR",
+        help="write pictures there: bars and the roofline, cost against size",
+    )
     add("--base", metavar="REF", help="a git revision: measure it in turn, and show the speed-up over it")
     options = parser.parse_args(arguments)
     options.cases = options.cases or (["sizes"] if options.quick or options.device == "cpu" else ["large", "sizes"])

@@ -12,9 +12,10 @@ _RATIOS = {"reference": "x ref.", "torch.compile": "x comp.", "best peer": "x pe
 _HEAD = f"{'case':<30}{'backend or peer':<27}{'median ms':>10}{'p20':>9}{'p80':>9}{'rate':>16}{'% floor':>9}{'MB':>8}"
 
 LEGEND = """\
-x: how many times as fast as the reference, torch.compile of it, the best other peer. rate: GB/s where memory limits,
-else TFLOP/s. % floor: the least time that the measured copy and matrix product allow, over the median. MB: peak memory
-beyond the inputs (CUDA alone). g: replayed as a CUDA graph. B: the backward pass alone. Cold cache."""
+*: what runs unless another backend is asked for. x: how many times as fast as the reference, torch.compile of it, the
+best other peer. rate: GB/s where memory limits, else TFLOP/s. % floor: the least time that the measured copy and matrix
+product allow, over the median. MB: peak memory beyond the inputs. g: replayed as a CUDA graph. B: the backward pass
+alone. Cold cache."""
 
 
 def header(*, has_base: bool) -> str:
@@ -23,7 +24,7 @@ def header(*, has_base: bool) -> str:
 
 def line(row: Row, *, has_base: bool) -> str:
     case = row["case"] + (" B" if row["direction"] == "backward" else "")
-    head = f"{case:<30}{row['backend']:<27}"
+    head = f"{case:<30}{row['backend'] + ' *' * row.get('is_chosen', False):<27}"
     if "median" not in row:
         return head + "  " + " ".join(f"{key}: {row[key]}" for key in ("skipped", "wrong", "failed") if key in row)
     peak = row["peak_bytes"]
@@ -67,13 +68,22 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 
 def spread(rows: Iterable[Row]) -> str:
     """What differences mean nothing: the reference timed at the begin and at the end of each case."""
-    differences = [abs(row["again"] / row["median"] - 1) for row in rows if "again" in row]
+    differences = _differences(rows)
     if not differences:
         return "spread: the reference was not timed twice"
     return (
         f"spread: the same version timed twice differs by {100 * median(differences):.1f} % in the median of "
         f"{len(differences)} cases, by {100 * max(differences):.1f} % at most; less than that means nothing"
     )
+
+
+def relative_spread(rows: Iterable[Row]) -> float:
+    """The median of it."""
+    return median(_differences(rows) or [0.0])
+
+
+def _differences(rows: Iterable[Row]) -> list[float]:
+    return [abs(row["again"] / row["median"] - 1) for row in rows if "again" in row]
 
 
 def tally(rows: Sequence[Row]) -> str:

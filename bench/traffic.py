@@ -16,14 +16,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Literal
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from bench.about import write_json
+from bench.about import json_file, write_json
 from bench.launches import Launch, counted
 from opensora.config import STDiT2Config, STDiT3Config, TemporalVAEConfig
 from opensora.models import layers
@@ -97,7 +96,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--builds", nargs="+", choices=BUILDS, default=BUILDS, help="default: both")
     parser.add_argument("--per-op", action="store_true", help="below each block its operators, in the order of use")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write everything there too")
     return parser.parse_args(arguments)
 
 

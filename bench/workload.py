@@ -91,6 +91,10 @@ class Workload:
     def why_not(self, backend: str) -> str | None:
         return backends.why_not(self.op, backend, *backends.flat_arguments(self.op, **self.copies[0]))
 
+    def chosen(self) -> str:
+        """The backend that runs here for who asks for none."""
+        return backends.choose(self.op, *backends.flat_arguments(self.op, **self.copies[0]))
+
     def floor(self, ceilings: Ceilings) -> dict[str, float]:
         """Bytes and operations that nobody can avoid, and the seconds that they take at best."""
         moved, flops = self._least

@@ -37,34 +37,38 @@ class StageMeter:
         """Counts the block towards `name`; waits for the device at both ends, so that its work is in the time."""
         cost = self.costs.setdefault(name, StageCost())
         self._synchronize()
-        self._reset_peak()
+        reset_peak_memory(self.device)
         start = time.perf_counter()
         try:
             yield
         finally:
             self._synchronize()
             cost.seconds += time.perf_counter() - start
-            cost.peak_bytes = max(cost.peak_bytes, self._peak())
+            cost.peak_bytes = max(cost.peak_bytes, peak_memory(self.device))
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def _reset_peak(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.reset_peak_memory_stats()
-        elif sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to the present use
 
-    def _peak(self) -> int:
-        if self.device.type != "cpu":
-            return torch.accelerator.max_memory_allocated()
-        status = Path("/proc/self/status")
-        if status.is_file():
-            for line in status.read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        import resource
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin again with the memory in use now; on a CPU where the system can do that, which is Linux."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+    elif sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to the present use
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the accelerator's allocated memory, or the resident memory of the process, at most since the reset."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
