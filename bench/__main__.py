@@ -1,9 +1,12 @@
 """`python -m bench COMMAND`: what things cost here; `--help` after a command says more.
 
 python -m bench rms_norm               an operator, or all, on every backend, beside what could be used instead
+python -m bench all --quick            all operators at small sizes, in minutes
+python -m bench model --quick          whole decodes, encodes, denoising and training steps of a model
 python -m bench traffic                bytes and launches of every model's blocks, with no device
 python -m bench convolution            the library's own conv3d, which a kernel of ours must beat
 python -m bench tune causal_conv3d     faster constants for this GPU's table
+python -m bench page                   the tables of bench/results/ and of README.md from the JSON there
 python -m bench gpu --output out/      all of it, and the tests, on a machine with a GPU, in nine minutes
 """
 
@@ -12,9 +15,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bench import convolution, gpu, operators, traffic, tune
+from bench import convolution, gpu, model, operators, page, traffic, tune
 
-COMMANDS = {"convolution": convolution.main, "gpu": gpu.main, "traffic": traffic.main, "tune": tune.main}
+COMMANDS = {
+    "convolution": convolution.main,
+    "gpu": gpu.main,
+    "model": model.main,
+    "page": page.main,
+    "traffic": traffic.main,
+    "tune": tune.main,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

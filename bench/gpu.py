@@ -48,10 +48,17 @@ def parts(output: Path) -> list[Part]:
         Part("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 90),
         Part("convolution", [*python, "bench", "convolution", "--json", str(output / "convolution.json")], 60),
         Part("tests", [*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"], 210),
-        Part("bench", [*python, "bench", "all", "--json", str(output / "bench.json"), "--plot", str(output)], 180),
+        Part("bench", [*python, "bench", "all", *written(output, "bench")], 180),
+        Part(
+            "model", [*python, "bench", "model", "--quick", "--scale", "open-sora-v1.2", *written(output, "model")], 90
+        ),
         Part("tune", [*python, "bench", "tune", "all", "--folder", str(output)], 90),
         *([Part("sanitizer", [*checked, *python, "pytest", "-q", "-m", "gpu", *_SMALL], 90)] if checked else []),
     ]
+
+
+def written(output: Path, name: str) -> list[str]:
+    return ["--json", str(output / f"{name}.json"), "--plot", str(output)]
 
 
 _SMALL = ["-p", "no:cacheprovider", "-k", "accurate_as_pytorch and small and cuda and float32", "tests/ops"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-_OURS = {"reference": "#9aa5b1", "library": "#5b8def", "triton": "#0b6e4f", "cuda": "#123a7a", "cpu": "#1f9e89"}
+_OURS = {
+    "reference": "#9aa5b1",
+    "library": "#5b8def",
+    "triton": "#0b6e4f",
+    "cuda": "#123a7a",
+    "cpu": "#1f9e89",
+    "automatic": "#5b8def",
+}
 _COMPILED = "#e0a030"
 _PEERS = ("#c8553d", "#d98a7b", "#8e5ea2", "#b79acb", "#7a6a58", "#c2b280", "#4d4d4d", "#a8a8a8")
 _MARKERS = "osD^vP*X<>"
@@ -31,15 +38,18 @@ def plot(about: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[Pa
     measured = [row for row in rows if "median" in row]
     written = []
     for direction in dict.fromkeys(row["direction"] for row in measured):
-        suffix = "" if direction == "forward" else "_backward"
+        suffix, of_models = "" if direction == "forward" else "_backward", "models_" if "scale" in about else ""
         of_direction = [row for row in measured if row["direction"] == direction]
         for op in dict.fromkeys(row["op"] for row in of_direction):
             of_op = [row for row in of_direction if row["op"] == op]
             written.append(_save(_bars(about, of_op), folder / f"{op}{suffix}.png"))
             growing = [row for row in of_op if "size" in row]
             if len({row["size"] for row in growing}) > 1:
-                written.append(_save(_curves(about, growing), folder / f"{op}{suffix}_by_{growing[0]['axis']}.png"))
-        written.append(_save(_roofline(about, of_direction), folder / f"roofline{suffix}.png"))
+                axis = growing[0]["axis"].replace(" ", "_")
+                written.append(_save(_curves(about, growing), folder / f"{op}{suffix}_by_{axis}.png"))
+                if of_models:  # one operator needs little beyond its results
+                    written.append(_save(_curves(about, growing, "memory"), folder / f"{op}{suffix}_memory.png"))
+        written.append(_save(_roofline(about, of_direction), folder / f"{of_models}roofline{suffix}.png"))
     return written
 
 
@@ -92,7 +102,7 @@ def _bars(about: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
     )
     axes.set(xscale="log", xlim=(shortest * 400, longest * 4e3), ylim=(position - 1.2, -1.7))
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=8)
-    _milliseconds(axes, "x")
+    _plain_numbers(axes, "x")
     axes.set_xlabel("milliseconds, shorter is better (median of a cold cache; whiskers p20 to p80)")
     direction = rows[0]["direction"]
     axes.set_title(_title(about, f"{rows[0]['op']}, {direction}"), fontsize=10, loc="left")
@@ -157,32 +167,39 @@ def _of_case(row: Row) -> str:
     return f"{row['op']}, {row['case']} ({row['backend']})"
 
 
-def _curves(about: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
-    """Median against size, both logarithmic, with the floor below."""
+def _curves(about: Mapping[str, Any], rows: Sequence[Row], of: Literal["time", "memory"] = "time") -> Figure:
+    """Median time, with the floor below, or peak memory against size, both logarithmic."""
     figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
     colors = _colors(rows)
     for index, name in enumerate(dict.fromkeys(row["backend"] for row in rows)):
-        points = sorted((row["size"], *(row[key] * 1e3 for key in ("median", "p20", "p80"))) for row in rows
-                        if row["backend"] == name)  # fmt: skip
-        sizes, medians, low, high = zip(*points, strict=True)
-        axes.plot(sizes, medians, marker=_MARKERS[index % len(_MARKERS)], color=colors[name], label=name, ms=5)
+        of_backend = sorted((row for row in rows if row["backend"] == name), key=lambda row: row["size"])
+        sizes, look = [row["size"] for row in of_backend], {"marker": _MARKERS[index % len(_MARKERS)], "label": name}
+        if of == "memory":
+            axes.plot(sizes, [row["peak_bytes"] / 1e6 for row in of_backend], color=colors[name], ms=5, **look)
+            continue
+        medians, low, high = ([row[key] * 1e3 for row in of_backend] for key in ("median", "p20", "p80"))
+        axes.plot(sizes, medians, color=colors[name], ms=5, **look)
         axes.fill_between(sizes, low, high, color=colors[name], alpha=0.15, lw=0)
-    floors = sorted({row["size"]: row["floor"] * 1e3 for row in rows}.items())
-    axes.plot(*zip(*floors, strict=True), color="black", lw=2, label="floor")
-    axes.set(xscale="log", yscale="log", xlabel=rows[0]["axis"], ylabel="milliseconds, lower is better")
-    axes.set_xticks([size for size, _ in floors], [f"{size:,}" for size, _ in floors])
+    names = {row["size"]: row["case"] if "x" in row["case"] else f"{row['size']:,}" for row in rows}
+    if of == "time":
+        floors = sorted({row["size"]: row["floor"] * 1e3 for row in rows}.items())
+        axes.plot(*zip(*floors, strict=True), color="black", lw=2, label="floor")
+    label = "milliseconds" if of == "time" else "MB at most, beyond weights and inputs"
+    axes.set(xscale="log", yscale="log", xlabel=rows[0]["axis"], ylabel=f"{label}, lower is better")
+    axes.set_xticks(list(names), list(names.values()))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _milliseconds(axes, "y")
+    _plain_numbers(axes, "y")
     direction = rows[0]["direction"]
-    text = f"{rows[0]['op']}, {direction}: cost against {rows[0]['axis']}"
+    text = f"{rows[0]['op']}, {direction}: {of} against {rows[0]['axis']}"
     axes.set_title(_title(about, text), fontsize=10, loc="left")
     axes.grid(which="major", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
-def _milliseconds(axes: Axes, which: str) -> None:
+def _plain_numbers(axes: Axes, which: str) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axis.set_minor_formatter(NullFormatter())
 

@@ -1,0 +1,188 @@
+"""`python -m bench model`: whole decodes, encodes, denoising and training steps of Open-Sora 1.2, with random weights.
+
+Automatic: every operator on the backend it chooses here. Triton: on that where possible. Reference: PyTorch's own
+operators one by one, the form in which the original is written. torch.compile is of the latter. As for operators, no
+time is shown for a wrong result, and Ctrl-C keeps what is finished.
+
+  python -m bench model --what denoise,vae_decode --quick
+  python -m bench model --scale open-sora-v1.2 --what vae_decode --json decode.json --plot plots
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.about import about_this_run, json_file, picture_folder, write_json
+from bench.cases import DTYPES
+from bench.measure import Ceilings, measure_ceilings, peak_bytes, time_calls, why_wrong
+from bench.models import SCALES, WHAT, Size, Step
+from bench.table import LEGEND, compare, header, line, spread, tally
+from opensora_kernels import backends, use
+from opensora_kernels.cases import bytes_moved
+
+QUICK_SECONDS = 0.5
+NUM_STEPS = 2  # of denoising: the first is like all others
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status 1 when a result is wrong, 130 after Ctrl-C."""
+    options = read_options(arguments)
+    torch.backends.cudnn.benchmark = options.device == "cuda"
+    ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
+    about = about_this_run(options.device) | {"dtype": options.dtype, "scale": options.scale}
+    about |= {"GB/s": round(ceilings.bandwidth / 1e9, 1), "TFLOP/s": round(ceilings.rate / 1e12, 3)}
+    print("\n".join([", ".join(f"{name} {value}" for name, value in about.items()), LEGEND]))
+    rows: list[dict[str, Any]] = []
+    status = 0
+    try:
+        for what in options.what:
+            print(f"\n{what}\n{header(has_base=False)}", flush=True)
+            for size in sizes_of(what, options):
+                rows += measured(what, size, ceilings, options)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is finished follows", flush=True)
+        status = 130
+    print(f"\n{spread(rows)}\n{tally(rows)}")
+    if options.json:
+        write_json(options.json, {**about, "rows": rows})
+    if options.plot:
+        from bench.plots import plot
+
+        print(*(f"wrote {path}" for path in plot(about, rows, options.plot)), sep="\n")
+    return status or int(any("wrong" in row or "failed" in row for row in rows))
+
+
+def measured(what: str, size: Size, ceilings: Ceilings, options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for row in measure(what, size, ceilings, options):
+        rows.append(row)
+    compare(rows)
+    for row in rows:
+        print(line(row, has_base=False), flush=True)
+    return rows
+
+
+@dataclass(frozen=True)
+class Build:
+    """A way to run a model: the name, what `use` is told meanwhile, and why it makes no sense here."""
+
+    name: str
+    ordered: Callable[[], AbstractContextManager[Any]]
+    is_compiled: bool = False
+    why_not: str | None = None
+
+
+def builds(options: argparse.Namespace, *, is_largest: bool) -> list[Build]:
+    reference = partial(use, **dict.fromkeys(backends.ops(), "reference"))
+    no_gpu = None if options.device == "cuda" else "Triton needs a GPU"
+    compiled = "--no-compile" if options.no_compile else None
+    if options.quick and options.device == "cpu" and not is_largest:
+        compiled = compiled or "with --quick on a CPU, of the largest size alone"
+    return [
+        Build("reference", reference),
+        Build("automatic", use),
+        Build("triton", partial(use, "triton"), why_not=no_gpu),
+        Build("torch.compile", reference, is_compiled=True, why_not=compiled),
+    ]
+
+
+def measure(what: str, size: Size, ceilings: Ceilings, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each build, the reference first and, for the spread, once more at the end."""
+    make, dtype = WHAT[what], DTYPES[options.dtype]
+    is_trained = what.startswith("train")
+    place = {"scale": SCALES[options.scale], "size": size, "drawn": dtype, "device": options.device}
+    place["num_steps"] = options.steps
+    with torch.set_grad_enabled(is_trained):
+        first, *others = builds(options, is_largest=size == sizes_of(what, options)[-1])
+        about = {"op": what, "case": "x".join(map(str, size)), "direction": "backward" if is_trained else "forward"}
+        about |= {"kind": "backend", "axis": "pixels", "size": size[0] * size[1] * size[2]}
+        about |= {"truth_by": "reference", "bandwidth": ceilings.bandwidth, "flops_ceiling": ceilings.rate}
+        with first.ordered():
+            step = make(dtype=dtype, **place)
+            with FlopCounterMode(display=False) as counter:
+                plain = step.run()
+            exact = torch.float64 if dtype == torch.float32 else torch.float32
+            truth = make(dtype=exact, **place).run()
+        moved, flops = bytes_moved({"read": step.read}, plain), counter.get_total_flops()
+        about |= {"bytes": moved, "flops": flops, "floor": max(moved / ceilings.bandwidth, flops / ceilings.rate)}
+        checked = Checked(step, plain, truth, dtype, options)
+        reference = about | {"backend": first.name} | checked.measure(first)
+        yield reference
+        for build in others:
+            row = about | {"backend": build.name} | ({"kind": "compile"} if build.is_compiled else {})
+            yield row | ({"skipped": build.why_not} if build.why_not else checked.measure(build))
+        reference["again"] = checked.measure(first).get("median", reference["median"])
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A step and what is right for it."""
+
+    step: Step
+    plain: Any
+    truth: Any
+    dtype: torch.dtype
+    options: argparse.Namespace
+
+    def measure(self, build: Build) -> dict[str, Any]:
+        """Times and peak memory beyond weights and inputs, or `wrong`, `failed` or `skipped` with the reason."""
+        run, device = self.step.run, self.options.device
+        if build.is_compiled:
+            torch._dynamo.reset()
+            logging.getLogger("torch._dynamo").setLevel(
+                logging.ERROR
+            )  # what stays outside its graphs runs all the same
+            run = torch.compile(run, dynamic=False)
+        try:
+            with build.ordered():
+                wrong = why_wrong(run(), self.plain, self.truth, self.dtype, is_reference=False)
+                if wrong is not None:
+                    return {"wrong": wrong}
+                timing = time_calls(run, device, seconds=QUICK_SECONDS if self.options.quick else None)
+                return asdict(timing) | {"peak_bytes": peak_bytes(run, device), "is_replayed": False}
+        except torch.OutOfMemoryError:
+            return {"skipped": "out of memory"}
+        except Exception as error:  # whatever a compiler raises: the other rows stand
+            return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def sizes_of(what: str, options: argparse.Namespace) -> tuple[Size, ...]:
+    scale = SCALES[options.scale]
+    return scale.clips_trained if what.startswith("train") else scale.clips
+
+
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        prog="python -m bench model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--what", nargs="+", default=["denoise", "vae_decode", "vae_encode"], metavar="STEP",
+        help=f"of {', '.join(WHAT)}, with spaces or commas between; default: %(default)s")  # fmt: skip
+    add("--scale", choices=SCALES, help="of the models; default: open-sora-v1.2 on a GPU without --quick, else tiny")
+    add("--steps", type=int, default=NUM_STEPS, help="of denoising; default: %(default)s")
+    add("--quick", action="store_true", help="few runs; on a CPU the largest clip alone is compiled")
+    add("--no-compile", action="store_true", help="leave out torch.compile of the reference")
+    add("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32", help="default here: %(default)s")
+    add("--device", choices=["cpu", "cuda"], default=device, help="default here: %(default)s")
+    add("--json", type=json_file, metavar="FILE", help="write every row there, with device, versions and commit")
+    add("--plot", type=picture_folder, metavar="DIR", help="write pictures there: bars, time and memory against size")
+    options = parser.parse_args(arguments)
+    options.what = [what for words in options.what for what in words.split(",") if what]
+    for what in options.what:
+        if what not in WHAT:
+            parser.error(f"--what must be of {', '.join(WHAT)}, got {what!r}")
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
+    is_small = options.quick or options.device == "cpu"
+    options.scale = options.scale or ("tiny" if is_small else "open-sora-v1.2")
+    return options
