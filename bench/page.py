@@ -1,0 +1,170 @@
+"""`python -m bench page`: the results in bench/results/<device>/ as tables, there and in README.md.
+
+A folder holds what `python -m bench all --json .../bench.json` and `python -m bench model --json .../model.json` wrote,
+pictures too if wanted. Figures of a CPU are shown as ratios only: its seconds tell nobody anything. `--check` writes
+nothing and exits with 1 if a page says something else than its JSON, as a test does too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.table import Row, rate, relative_spread, spread, tally
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+# Claims are about this machine; where it has no folder, the page says so.
+AWAITED = {"h200": "NVIDIA H200"}
+Record = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench page", description=__doc__.split(":", 1)[1].strip())
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is out of date")
+    options = parser.parse_args(arguments)
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        if options.check:
+            print(f"bench page: {path.relative_to(ROOT)} does not agree with its JSON", file=sys.stderr)
+        else:
+            path.write_text(pages()[path])
+            print(f"wrote {path.relative_to(ROOT)}")
+    return int(options.check and bool(stale))
+
+
+def pages(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> dict[Path, str]:
+    """Every page and what it should say."""
+    folders = sorted(path.parent for path in results.glob("*/bench.json"))
+    before, _, rest = readme.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    return {folder / "README.md": device_page(folder) for folder in folders} | {
+        readme: before + BEGIN + summary(folders) + END + after
+    }
+
+
+def summary(folders: Iterable[Path]) -> str:
+    """The largest case of every operator on each device."""
+    folders = list(folders)
+    parts = []
+    for folder in folders:
+        record = read(folder / "bench.json")
+        of_largest = [row for op in ops(record) for row in largest(record, op)]
+        parts.append(f"{about(record)} [All cases]({folder.relative_to(ROOT)}/README.md).\n")
+        parts.append(operator_table(record, of_largest))
+    missing = [name for key, name in AWAITED.items() if not any(folder.name == key for folder in folders)]
+    parts += [f"{name}: not measured.\n" for name in missing]
+    return "\n".join(parts)
+
+
+def device_page(folder: Path) -> str:
+    record = read(folder / "bench.json")
+    parts = [f"# {record['device']}\n", about(record) + "\n", *pictures(folder), operator_table(record, record["rows"])]
+    parts.append(f"{tally(record['rows'])}. {spread(record['rows']).capitalize()}.\n")
+    if refused := [row for row in record["rows"] if "wrong" in row or "failed" in row]:
+        parts.append("Not timed, because the result was wrong or there was none:\n")
+        parts.append(
+            "\n".join(f"- `{row['op']}`, {row['case']}, {row['backend']}: {fault(row)}" for row in refused) + "\n"
+        )
+    if (folder / "model.json").exists():
+        model = read(folder / "model.json")
+        parts += [f"## Whole models, {model['scale']}\n", about(model) + "\n", model_table(model)]
+        parts.append(f"{spread(model['rows']).capitalize()}.\n")
+    return "\n".join(parts)
+
+
+def about(record: Record) -> str:
+    versions = [f"torch {record['torch']}", *([f"triton {record['triton']}"] if record.get("cuda") else [])]
+    said = f"{record['device']}, {record['dtype']}, {', '.join(versions)}, {record['date'][:10]}, `{record['commit']}`"
+    share = 100 * relative_spread(record["rows"])
+    ratios = "" if is_gpu(record) else " Ratios only."
+    return f"{said}.{ratios} Bold: slower by more than the {share:.0f} % by which two runs of the same code differ."
+
+
+def operator_table(record: Record, rows: Sequence[Row]) -> str:
+    """A line for each case: the backend that runs by default, and how many times as fast it is as others."""
+    lines = []
+    for op in ops({"rows": rows}):
+        for case, direction in dict.fromkeys((row["case"], row["direction"]) for row in rows if row["op"] == op):
+            of_case = [row for row in rows if (row["op"], row["case"], row["direction"]) == (op, case, direction)]
+            ours = next((row for row in of_case if row.get("is_chosen") and "median" in row), None)
+            name = f"{case}, backward" if direction == "backward" else case
+            if ours is None:
+                lines.append([f"`{op}`", name, "not measured", *[""] * (len(_heads(record)) - 3)])
+                continue
+            bold = 1 - relative_spread(record["rows"])
+            cells = [f"`{op}`", name, ours["backend"], *_speeds(record, ours), _ratio(ours, "reference", bold)]
+            cells += [_ratio(ours, "torch.compile", bold), _best_peer(of_case, ours, bold)]
+            lines.append(cells)
+    return _markdown(_heads(record), lines)
+
+
+def model_table(record: Record) -> str:
+    bold = 1 - relative_spread(record["rows"])
+    lines = []
+    for row in record["rows"]:
+        if row["backend"] in ("automatic", "triton") and "median" in row:
+            cells = [row["op"], row["case"], row["backend"], *_speeds(record, row), _ratio(row, "reference", bold)]
+            lines.append([*cells, _ratio(row, "torch.compile", bold), f"{row['peak_bytes'] / 1e6:.0f} MB"])
+    return _markdown([*_heads(record, "step", "frames x pixels")[:-1], "peak memory"], lines)
+
+
+def pictures(folder: Path) -> list[str]:
+    return [f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in sorted(folder.glob("*.png"))]
+
+
+def read(path: Path) -> Record:
+    return json.loads(path.read_text())
+
+
+def ops(record: Record) -> list[str]:
+    return list(dict.fromkeys(row["op"] for row in record["rows"]))
+
+
+def largest(record: Record, op: str) -> list[Row]:
+    """All rows of the operator's measured case that moves most, forward."""
+    of_op = [row for row in record["rows"] if row["op"] == op and row["direction"] == "forward"]
+    cases = [row for row in of_op if "median" in row]
+    return [row for row in of_op if cases and row["case"] == max(cases, key=lambda row: row["bytes"])["case"]]
+
+
+def fault(row: Row) -> str:
+    return row.get("wrong") or row["failed"]
+
+
+def is_gpu(record: Record) -> bool:
+    return record.get("cuda") is not None
+
+
+def _heads(record: Record, what: str = "operator", size: str = "case") -> list[str]:
+    speeds = ["ms", "rate", "% of floor"] if is_gpu(record) else ["% of floor"]
+    return [what, size, "runs", *speeds, "x reference", "x torch.compile", "x best other"]
+
+
+def _speeds(record: Record, row: Row) -> list[str]:
+    share = f"{100 * row['floor'] / row['median']:.0f}"
+    return [f"{row['median'] * 1e3:.4g}", rate(row), share] if is_gpu(record) else [share]
+
+
+def _ratio(row: Row, other: str, bold_below: float) -> str:
+    value = row["times_as_fast_as"].get(other)
+    if value is None or other == row["backend"]:
+        return "-"
+    return f"**{value:.2f}**" if value < bold_below else f"{value:.2f}"
+
+
+def _best_peer(of_case: Sequence[Row], ours: Row, bold_below: float) -> str:
+    peers = [row for row in of_case if row["kind"] == "peer" and "median" in row]
+    best = min(peers, key=lambda row: row["median"], default=None)
+    return "-" if best is None else f"{_ratio(ours, 'best peer', bold_below)} ({best['backend']})"
+
+
+def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    escape: Callable[[str], str] = lambda cell: cell.replace("|", "\\|")  # noqa: E731
+    aligned = ["---" if index < 3 else "--:" for index in range(len(heads))]
+    return "\n".join("| " + " | ".join(map(escape, cells)) + " |" for cells in [heads, aligned, *lines]) + "\n"
