@@ -122,12 +122,15 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     return Ceilings(2 * source.numel() / copying, 2 * side**3 / multiplying)
 
 
-def why_wrong(actual: Any, plain: Any, truth: Any, dtype: torch.dtype, is_reference: bool) -> str | None:
-    """The accuracy rule of the tests, as a sentence or None. `plain` is the reference's result in `dtype`."""
+def why_wrong(
+    actual: Any, plain: Any, truth: Any, dtype: torch.dtype, *, is_reference: bool = False, is_chain: bool = False
+) -> str | None:
+    """The accuracy rule of the tests, as a sentence or None. `plain` is the reference's result in `dtype`. `is_chain`:
+    of a whole model."""
     if is_reference:
         return _why_reference_is_wrong(tensors(actual), tensors(truth), dtype)
     try:
-        assert_accurate(actual, plain, truth, "result")
+        assert_accurate(actual, plain, truth, "result", is_chain=is_chain)
     except AssertionError as error:
         return str(error).splitlines()[0]
     except ValueError:

@@ -180,7 +180,7 @@ def _curves(about: Mapping[str, Any], rows: Sequence[Row], of: Literal["time", "
         medians, low, high = ([row[key] * 1e3 for row in of_backend] for key in ("median", "p20", "p80"))
         axes.plot(sizes, medians, color=colors[name], ms=5, **look)
         axes.fill_between(sizes, low, high, color=colors[name], alpha=0.15, lw=0)
-    names = {row["size"]: row["case"] if "x" in row["case"] else f"{row['size']:,}" for row in rows}
+    names = {row["size"]: f"{row['size']:,}" if "=" in row["case"] else row["case"] for row in rows}
     if of == "time":
         floors = sorted({row["size"]: row["floor"] * 1e3 for row in rows}.items())
         axes.plot(*zip(*floors, strict=True), color="black", lw=2, label="floor")

@@ -123,7 +123,7 @@ def seconds_with(call: Call, key: str, constants: Constants, time: Timer) -> flo
     backend = "reference" if constants.get("FORM") == CHAIN else "triton"
     with use(**{call.op: backend}), tuning.answered(answer):
         try:
-            wrong = why_wrong(call.run(), *call.plain_and_truth, call.dtype, backend == "reference")
+            wrong = why_wrong(call.run(), *call.plain_and_truth, call.dtype, is_reference=backend == "reference")
         except Exception as error:  # whatever a compiler or a launch raises: these are no candidate
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         if wrong is not None:

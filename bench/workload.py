@@ -195,7 +195,7 @@ class Workload:
             actual, plain, truth = (tensors(tree) for tree in (actual, plain, truth))
             plain, truth = plain[: len(actual)], truth[: len(actual)]
         is_reference = contender.is_reference and self.direction == "forward"
-        return why_wrong(actual, plain, truth, self.dtype, is_reference)
+        return why_wrong(actual, plain, truth, self.dtype, is_reference=is_reference)
 
     def _why_wrong_on_other_values(self, contender: Contender) -> str | None:
         leaves = tensors(self.copies[0])
