@@ -7,6 +7,7 @@ python -m bench traffic                bytes and launches of every model's block
 python -m bench convolution            the library's own conv3d, which a kernel of ours must beat
 python -m bench tune causal_conv3d     faster constants for this GPU's table
 python -m bench page                   the tables of bench/results/ and of README.md from the JSON there
+python -m bench plot FILE DIR          pictures of what another run wrote with --json
 python -m bench gpu --output out/      all of it, and the tests, on a machine with a GPU, in nine minutes
 """
 
@@ -15,13 +16,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bench import convolution, gpu, model, operators, page, traffic, tune
+from bench import convolution, gpu, model, operators, page, record, traffic, tune
+from opensora_kernels import backends
 
 COMMANDS = {
     "convolution": convolution.main,
     "gpu": gpu.main,
     "model": model.main,
     "page": page.main,
+    "plot": record.main,
     "traffic": traffic.main,
     "tune": tune.main,
 }
@@ -34,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
+    if not arguments[0].startswith("-") and arguments[0] not in [*backends.ops(), "all"]:
+        known = f"a command ({', '.join(COMMANDS)}), an operator ({', '.join(backends.ops())}) or all"
+        print(f"bench: the first argument must be {known}, got {arguments[0]!r}", file=sys.stderr)
+        return 2
     return operators.main(arguments)
 
 

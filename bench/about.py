@@ -28,6 +28,11 @@ def about_this_run(device: str) -> dict[str, Any]:
     }
 
 
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device must be cpu where there is no CUDA device, got cuda")
+
+
 def json_file(text: str) -> Path:
     """Of an option: its folder is made now, so that hours of measuring do not end in an error."""
     path = Path(text)

@@ -26,4 +26,4 @@ def chosen_cases(op: str, choices: str | Sequence[str], device: str = "cpu") -> 
         else:
             growing = cases_of_sizes(op, device) if "=" in choice and op in FAMILIES else []
             chosen += [case for case in [*cases, *growing] if case.name == choice]
-    return chosen
+    return list({case.name: case for case in chosen}.values())

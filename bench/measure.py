@@ -6,7 +6,7 @@ import ctypes
 import gc
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from tests.ops.accuracy import NUM_ULP, assert_accurate
 
 MIN_RUNS, MAX_RUNS, SECONDS = 10, 200, 0.5
 QUICK_RUNS = 5  # at least, where seconds are ordered: p20 and p80 are the second and the fourth
-# Beyond the last cache of the device: an H200 has 60 MB, CPUs seldom more than 64 MB a socket.
+# Written before each call. An H200 has 60 MB of cache, most CPUs up to 64 MB a socket; some servers have more.
 FLUSHED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 27}
 # Large enough that a longer copy or a larger product is no faster, small enough to end within a second or two.
 COPIED_BYTES = {"cuda": 1 << 31, "cpu": 1 << 28}
@@ -47,9 +47,9 @@ class Ceilings:
     rate: float
 
 
-def time_calls(calls: Calls, device: str, *, seconds: float | None = None) -> Timing:
+def time_calls(calls: Calls, device: str, *, seconds: float | None = None, last: list[Any] | None = None) -> Timing:
     """Two calls to warm up, then up to 200 in about `seconds`, several calls each in its turn; None: in about SECONDS,
-    at least 10."""
+    at least 10. The last is a call of calls[0], whose result is added to `last`."""
     least = MIN_RUNS if seconds is None else QUICK_RUNS
     calls = [calls] if callable(calls) else list(calls)
     calls[0]()
@@ -62,14 +62,30 @@ def time_calls(calls: Calls, device: str, *, seconds: float | None = None) -> Ti
     num_runs = max(least, min(MAX_RUNS, num_runs))
     flushed = torch.empty(FLUSHED_BYTES[device], dtype=torch.int8, device=device)
     run = _run_on_cuda if device == "cuda" else _run_on_cpu
-    taken = sorted(run(itertools.islice(itertools.cycle(calls), num_runs), flushed))
+    first = (1 - num_runs) % len(calls)
+    results: list[Any] = [None]
+    taken = sorted(run(itertools.islice(itertools.cycle(calls), first, first + num_runs), flushed, results))
+    if last is not None:
+        last += results
     at = [taken[round(share * (num_runs - 1))] for share in (0.5, 0.2, 0.8)]
     return Timing(*at, num_runs)
 
 
-def as_graphs(calls: Sequence[Callable[[], Any]]) -> list[Callable[[], Any]] | None:
-    """Each call as the replay of a CUDA graph: what launch-bound calls cost without the host's part. None where one
-    can't be captured, as when it reads lengths on the host. CUDA only."""
+@dataclass(frozen=True)
+class Replay:
+    """A call as a CUDA graph; `result` is where each replay writes it."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Any
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.result
+
+
+def as_graphs(calls: Sequence[Callable[[], Any]]) -> list[Replay] | None:
+    """Each call as a CUDA graph: what launch-bound calls cost without the host's part. None where one can't be
+    captured, as when it reads lengths on the host. CUDA only."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries allocate their workspaces at the first call, which no graph may hold
@@ -81,11 +97,11 @@ def as_graphs(calls: Sequence[Callable[[], Any]]) -> list[Callable[[], Any]] | N
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                call()
+                result = call()
         except RuntimeError:
             torch.cuda.synchronize()
             return None
-        replays.append(graph.replay)
+        replays.append(Replay(graph, result))
     return replays
 
 
@@ -123,14 +139,24 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
 
 
 def why_wrong(
-    actual: Any, plain: Any, truth: Any, dtype: torch.dtype, *, is_reference: bool = False, is_chain: bool = False
+    actual: Any,
+    plain: Any,
+    truth: Any,
+    dtype: torch.dtype,
+    *,
+    is_reference: bool = False,
+    is_chain: bool = False,
+    leniency: float = 1.0,
 ) -> str | None:
     """The accuracy rule of the tests, as a sentence or None. `plain` is the reference's result in `dtype`. `is_chain`:
-    of a whole model."""
+    of a whole model. `leniency`: how many times as much error is allowed."""
+    others = [type(leaf).__name__ for leaf in tensors(actual) if type(leaf) is not Tensor]
+    if others:
+        return f"it returns a {others[0]}, which may put the work off, instead of a Tensor"
     if is_reference:
         return _why_reference_is_wrong(tensors(actual), tensors(truth), dtype)
     try:
-        assert_accurate(actual, plain, truth, "result", is_chain=is_chain)
+        assert_accurate(actual, plain, truth, "result", is_chain=is_chain, leniency=leniency)
     except AssertionError as error:
         return str(error).splitlines()[0]
     except ValueError:
@@ -157,25 +183,27 @@ def tensors(*trees: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
-def _run_on_cuda(calls: itertools.islice[Callable[[], Any]], flushed: Tensor) -> list[float]:
+def _run_on_cuda(calls: Iterable[Callable[[], Any]], flushed: Tensor, last: list[Any]) -> list[float]:
     timed = []
     for call in calls:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flushed.zero_()  # also keeps the device busy while the host queues the call
+        last[0] = None  # not to be held beside the next
         start.record()
-        call()
+        last[0] = call()
         end.record()
         timed.append((start, end))
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1e3 for start, end in timed]
 
 
-def _run_on_cpu(calls: itertools.islice[Callable[[], Any]], flushed: Tensor) -> list[float]:
+def _run_on_cpu(calls: Iterable[Callable[[], Any]], flushed: Tensor, last: list[Any]) -> list[float]:
     seconds = []
     for call in calls:
         flushed.zero_()
+        last[0] = None
         start = time.perf_counter()
-        call()
+        last[0] = call()
         seconds.append(time.perf_counter() - start)
     return seconds
 

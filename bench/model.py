@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -21,11 +22,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.about import about_this_run, json_file, picture_folder, write_json
+from bench.about import about_this_run, check_device, json_file, picture_folder
 from bench.cases import DTYPES
 from bench.measure import Ceilings, measure_ceilings, peak_bytes, time_calls, why_wrong
 from bench.models import SCALES, WHAT, Size, Step
-from bench.table import LEGEND, compare, header, line, spread, tally
+from bench.record import DeviceLost, Record, failure
+from bench.table import compare, header, line
 from opensora_kernels import backends, use
 from opensora_kernels.cases import bytes_moved
 
@@ -33,42 +35,55 @@ QUICK_SECONDS = 0.5
 NUM_STEPS = 2  # of denoising: the first is like all others
 
 
+LEGEND = """\
+x: how many times as fast as the reference and torch.compile of it. rate: GB/s where memory limits, else TFLOP/s. %
+floor: the least time that the measured copy and matrix product allow, over the median. MB: peak memory beyond weights
+and inputs. B: forward and backward pass. Before each run 128 MB (CPU) or 256 MB (GPU) of other memory are written."""
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 1 when a result of ours is wrong, 130 after Ctrl-C."""
+    """Exit status 1 when a result of ours is wrong or the device is lost, 130 after Ctrl-C."""
     options = read_options(arguments)
     torch.backends.cudnn.benchmark = options.device == "cuda"
     ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
     about = about_this_run(options.device) | {"dtype": options.dtype, "scale": options.scale}
     about |= {"GB/s": round(ceilings.bandwidth / 1e9, 1), "TFLOP/s": round(ceilings.rate / 1e12, 3)}
     print("\n".join([", ".join(f"{name} {value}" for name, value in about.items()), LEGEND]))
-    rows: list[dict[str, Any]] = []
+    record = Record(about, options.json, options.plot)
     status = 0
     try:
-        for what in options.what:
-            print(f"\n{what}\n{header(has_base=False)}", flush=True)
-            for size in sizes_of(what, options):
-                rows += measured(what, size, ceilings, options)
+        run(options, ceilings, record)
     except KeyboardInterrupt:
         print("\ninterrupted: what is finished follows", flush=True)
         status = 130
-    print(f"\n{spread(rows)}\n{tally(rows)}")
-    if options.json:
-        write_json(options.json, {**about, "rows": rows})
-    if options.plot:
-        from bench.plots import plot
-
-        print(*(f"wrote {path}" for path in plot(about, rows, options.plot)), sep="\n")
-    return status or int(any(row["kind"] == "backend" and ("wrong" in row or "failed" in row) for row in rows))
+    except DeviceLost as error:
+        print(f"\n{error}", flush=True)
+        status = 1
+    record.finish()
+    return status or int(any(row["kind"] == "backend" and ("wrong" in row or "failed" in row) for row in record.rows))
 
 
-def measured(what: str, size: Size, ceilings: Ceilings, options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    for row in measure(what, size, ceilings, options):
-        rows.append(row)
-    compare(rows)
-    for row in rows:
-        print(line(row, has_base=False), flush=True)
-    return rows
+def run(options: argparse.Namespace, ceilings: Ceilings, record: Record) -> None:
+    """Measure step by step, the smallest clips first."""
+    end = time.monotonic() + options.seconds_in_all
+    for what in options.what:
+        print(f"\n{what}\n{header(has_base=False)}", flush=True)
+        for size in sizes_of(what, options):
+            if time.monotonic() > end:
+                print("\nthe time is up: what is finished follows", flush=True)
+                return
+            rows: list[dict[str, Any]] = []
+            try:
+                for row in measure(what, size, ceilings, options):
+                    rows.append(row)
+                    compare(rows)
+                    print(line(row, has_base=False), flush=True)
+            except Exception as error:  # such as too little memory to find out what is right
+                case = {"op": what, "case": "x".join(map(str, size)), "direction": "forward", "kind": "backend"}
+                rows.append(case | {"backend": "reference"} | failure(error, options.device))
+                print(line(rows[-1], has_base=False), flush=True)
+            finally:
+                record.add(rows)
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,7 @@ class Checked:
         except torch.OutOfMemoryError:
             return {"skipped": "out of memory"}
         except Exception as error:  # whatever a compiler raises: the other rows stand
-            return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+            return failure(error, device)
 
 
 def sizes_of(what: str, options: argparse.Namespace) -> tuple[Size, ...]:
@@ -174,9 +189,11 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--no-compile", action="store_true", help="leave out torch.compile of the reference")
     add("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32", help="default here: %(default)s")
     add("--device", choices=["cpu", "cuda"], default=device, help="default here: %(default)s")
+    add("--seconds-in-all", type=float, default=float("inf"), metavar="N", help="begin no clip after so many")
     add("--json", type=json_file, metavar="FILE", help="write every row there, with device, versions and commit")
     add("--plot", type=picture_folder, metavar="DIR", help="write pictures there: bars, time and memory against size")
     options = parser.parse_args(arguments)
+    check_device(parser, options.device)
     options.what = [what for words in options.what for what in words.split(",") if what]
     for what in options.what:
         if what not in WHAT:

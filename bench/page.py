@@ -1,14 +1,17 @@
 """`python -m bench page`: the results in bench/results/<device>/ as tables, there and in README.md.
 
 A folder holds what `python -m bench all --json .../bench.json` and `python -m bench model --json .../model.json` wrote,
-pictures too if wanted. Figures of a CPU are shown as ratios only: its seconds tell nobody anything. `--check` writes
-nothing and exits with 1 if a page says something else than its JSON, as a test does too.
+pictures too if wanted. `--take outputs/gpu` first copies what `make gpu` left there. Figures of a CPU are shown as
+ratios only: its seconds tell nobody anything. `--check` writes nothing and exits with 1 if a page says something else
+than its JSON, as a test does too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,15 +22,20 @@ from bench.table import Row, rate, relative_spread, spread, tally
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
-# Claims are about this machine; where it has no folder, the page says so.
-AWAITED = {"h200": "NVIDIA H200"}
+AWAITED = "H200"  # Claims are about this machine; where it has no folder, the page says so.
 Record = dict[str, Any]
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench page", description=__doc__.split(":", 1)[1].strip())
+    parser.add_argument("--take", type=Path, metavar="DIR", help="copy JSON and pictures from there first")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is out of date")
     options = parser.parse_args(arguments)
+    if options.take:
+        try:
+            print(f"took {options.take} as {take(options.take).relative_to(ROOT)}")
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--take must be a folder with what bench all --json bench.json wrote: {error}")
     stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
     for path in stale:
         if options.check:
@@ -36,6 +44,16 @@ def main(arguments: Sequence[str]) -> int:
             path.write_text(pages()[path])
             print(f"wrote {path.relative_to(ROOT)}")
     return int(options.check and bool(stale))
+
+
+def take(source: Path, results: Path = RESULTS) -> Path:
+    """Copy JSON and pictures into the folder named after the device."""
+    device = read(source / "bench.json")["device"]
+    folder = results / "-".join(re.findall(r"[a-z0-9]+", device.lower()))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted([*source.glob("*.json"), *source.glob("*.png")]):
+        shutil.copyfile(path, folder / path.name)
+    return folder
 
 
 def pages(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> dict[Path, str]:
@@ -57,8 +75,8 @@ def summary(folders: Iterable[Path]) -> str:
         of_largest = [row for op in ops(record) for row in largest(record, op)]
         parts.append(f"{about(record)} [All cases]({folder.relative_to(ROOT)}/README.md).\n")
         parts.append(operator_table(record, of_largest))
-    missing = [name for key, name in AWAITED.items() if not any(folder.name == key for folder in folders)]
-    parts += [f"{name}: not measured.\n" for name in missing]
+    if not any(AWAITED in read(folder / "bench.json")["device"] for folder in folders):
+        parts.append(f"NVIDIA {AWAITED}: not measured.\n")
     return "\n".join(parts)
 
 
@@ -66,15 +84,14 @@ def device_page(folder: Path) -> str:
     record = read(folder / "bench.json")
     parts = [f"# {record['device']}\n", about(record) + "\n", *pictures(folder), operator_table(record, record["rows"])]
     parts.append(f"{tally(record['rows'])}. {spread(record['rows']).capitalize()}.\n")
-    if refused := [row for row in record["rows"] if "wrong" in row or "failed" in row]:
-        parts.append("Not timed, because the result was wrong or there was none:\n")
-        parts.append(
-            "\n".join(f"- `{row['op']}`, {row['case']}, {row['backend']}: {fault(row)}" for row in refused) + "\n"
-        )
+    parts += faults(record)
+    if (folder / "convolution.json").exists():
+        found = convolution_table(read(folder / "convolution.json"))
+        parts += ["## The library's own convolution, channels last\n", found]
     if (folder / "model.json").exists():
         model = read(folder / "model.json")
         parts += [f"## Whole models, {model['scale']}\n", about(model) + "\n", model_table(model)]
-        parts.append(f"{spread(model['rows']).capitalize()}.\n")
+        parts += [f"{spread(model['rows']).capitalize()}.\n", *faults(model)]
     return "\n".join(parts)
 
 
@@ -83,25 +100,48 @@ def about(record: Record) -> str:
     said = f"{record['device']}, {record['dtype']}, {', '.join(versions)}, {record['date'][:10]}, `{record['commit']}`"
     share = 100 * relative_spread(record["rows"])
     ratios = "" if is_gpu(record) else " Ratios only."
-    return f"{said}.{ratios} Bold: slower by more than the {share:.0f} % by which two runs of the same code differ."
+    legend = f"Bold: slower by more than the {share:.0f} % by which two runs of the same code differ."
+    return f"{said}.{ratios} {legend} ~: less accurate than our rule allows, by less than four times."
+
+
+def faults(record: Record) -> list[str]:
+    """A list of what got no time, or none."""
+    lines = []
+    for row in record["rows"]:
+        if said := row.get("wrong") or row.get("failed"):
+            lines.append(f"- `{row['op']}`, {row['case']}, {row['backend']}: {said}")
+    return ["Not timed, because the result was wrong or there was none:\n", "\n".join(lines) + "\n"] if lines else []
 
 
 def operator_table(record: Record, rows: Sequence[Row]) -> str:
-    """A line for each case: the backend that runs by default, and how many times as fast it is as others."""
+    """How many times as fast as others is the backend that runs by default, and every other one that is not plain
+    PyTorch's."""
     lines = []
     for op in ops({"rows": rows}):
         for case, direction in dict.fromkeys((row["case"], row["direction"]) for row in rows if row["op"] == op):
             of_case = [row for row in rows if (row["op"], row["case"], row["direction"]) == (op, case, direction)]
-            ours = next((row for row in of_case if row.get("is_chosen") and "median" in row), None)
             name = f"{case}, backward" if direction == "backward" else case
-            if ours is None:
+            measured = [row for row in of_case if row["kind"] == "backend" and "median" in row]
+            ours = [row for row in measured if row.get("is_chosen") or row["backend"] != "reference"]
+            if not any(row.get("is_chosen") for row in measured):
                 lines.append([f"`{op}`", name, "not measured", *[""] * (len(_heads(record)) - 3)])
-                continue
-            bold = 1 - relative_spread(record["rows"])
-            cells = [f"`{op}`", name, ours["backend"], *_speeds(record, ours), _ratio(ours, "reference", bold)]
-            cells += [_ratio(ours, "torch.compile", bold), _best_peer(of_case, ours, bold)]
-            lines.append(cells)
+            for row in sorted(ours, key=lambda row: not row.get("is_chosen")):
+                runs = row["backend"] if row.get("is_chosen") else f"({row['backend']}, if asked)"
+                bold = 1 - relative_spread(record["rows"])
+                cells = [f"`{op}`", name, runs, *_speeds(record, row), _ratio(row, "reference", bold)]
+                lines.append([*cells, _ratio(row, "torch.compile", bold), _best_peer(of_case, row, bold)])
     return _markdown(_heads(record), lines)
+
+
+def convolution_table(record: Record) -> str:
+    """Of each width: the share of the measured matrix product."""
+    lines = []
+    for row in record["rows"]:
+        shares = [work / row[name] / record["rate"] for name, work in
+                  (("forward", row["flops"]), ("backward", 2 * row["flops"]))]  # fmt: skip
+        cells = [str(row["channels"]), "x".join(map(str, row["clip"])), *(f"{100 * share:.0f} %" for share in shares)]
+        lines.append(cells)
+    return _markdown(["channels", "clip", "forward, of the matrix product", "backward"], lines)
 
 
 def model_table(record: Record) -> str:
@@ -133,10 +173,6 @@ def largest(record: Record, op: str) -> list[Row]:
     return [row for row in of_op if cases and row["case"] == max(cases, key=lambda row: row["bytes"])["case"]]
 
 
-def fault(row: Row) -> str:
-    return row.get("wrong") or row["failed"]
-
-
 def is_gpu(record: Record) -> bool:
     return record.get("cuda") is not None
 
@@ -161,7 +197,8 @@ def _ratio(row: Row, other: str, bold_below: float) -> str:
 def _best_peer(of_case: Sequence[Row], ours: Row, bold_below: float) -> str:
     peers = [row for row in of_case if row["kind"] == "peer" and "median" in row]
     best = min(peers, key=lambda row: row["median"], default=None)
-    return "-" if best is None else f"{_ratio(ours, 'best peer', bold_below)} ({best['backend']})"
+    mark = " ~" if best is not None and "less_accurate" in best else ""
+    return "-" if best is None else f"{_ratio(ours, 'best peer', bold_below)} ({best['backend']}{mark})"
 
 
 def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

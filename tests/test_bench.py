@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import base, measure, operators, workload
+from bench import base, measure, operators, record, workload
 from bench.__main__ import main
 from bench.cases import chosen_cases
 from bench.sizes import FAMILIES
@@ -229,11 +229,88 @@ def test_what_is_launch_bound_is_replayed_as_a_graph(tmp_path: Path):
 
 
 def test_unknown_cases_and_backends_are_refused(capsys):
-    with pytest.raises(SystemExit, match="rms_norm has no case 'absent'"):
-        bench("rms_norm", "--cases", "absent")
+    with pytest.raises(SystemExit):
+        bench("rms_norm", "--cases", "odd", "absent")
+    assert "names of cases of rms_norm, got 'absent'" in capsys.readouterr().err
+    assert main(["rms"]) == 2
+    assert "got 'rms'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         bench("rms_norm", "--backends", "fast")
     assert "invalid choice: 'fast'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         bench("rms_norm", "--peers", "best")
     assert "invalid choice: 'best'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trick", ["first_copy_only", "by_version", "when_nobody_looks", "put_off"])
+def test_a_kernel_that_is_right_only_while_it_is_watched_is_refused(trick: str, plant, tmp_path: Path):
+    known: dict[object, Tensor] = {}
+
+    class Later(Tensor):
+        pass
+
+    def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if trick == "put_off":
+            return reference.rms_norm(x, weight, eps).as_subclass(Later)
+        if trick == "when_nobody_looks" and not torch.are_deterministic_algorithms_enabled():
+            return torch.zeros_like(x)
+        if trick == "by_version":
+            key = (x.data_ptr(), x._version, weight.data_ptr(), weight._version)
+            return known.setdefault(key, reference.rms_norm(x, weight, eps))
+        first = known.setdefault("first", x)
+        is_known = trick != "first_copy_only" or x.data_ptr() == first.data_ptr()
+        return reference.rms_norm(x, weight, eps) if is_known else torch.zeros_like(x)
+
+    plant(forward)
+    row = planted_row(tmp_path)
+    assert "median" not in row
+    assert row["wrong"]
+
+
+def test_a_peer_that_is_a_little_less_accurate_is_timed_and_marked(plant, tmp_path: Path, monkeypatch, capsys):
+    wrongs = iter(["max error 6e-6, allowed 5e-6"])
+
+    def strict_once(*arguments, leniency: float = 1.0, **options):
+        return next(wrongs, None) if leniency == 1.0 else None
+
+    case = chosen_cases("rms_norm", "odd")[0]
+    found = workload.Workload("rms_norm", case, torch.float32, "cpu")
+    peer = replace(workload.of_backend("rms_norm", "reference"), name="peer", kind="peer")
+    monkeypatch.setattr(workload, "why_wrong", strict_once)
+    row = found.measure(peer, measure.Ceilings(1e9, 1e9), seconds=0.0)
+    assert row["median"] > 0
+    assert "6e-6" in row["less_accurate"]
+
+
+def test_what_cannot_be_drawn_loses_no_finished_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cases = [replace(case) for case in chosen_cases("rms_norm", ["small", "odd"])[:2]]
+
+    def no_memory(draw):
+        raise RuntimeError("too large")
+
+    cases[0] = replace(cases[0], make=no_memory)
+    monkeypatch.setattr(operators, "chosen_cases", lambda *arguments: cases)
+    path = tmp_path / "new" / "out.json"
+    assert bench("rms_norm", "--json", str(path)) == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[0]["failed"] == "RuntimeError: too large"
+    assert any("median" in row and row["case"] == cases[1].name for row in rows)
+
+
+def test_a_lost_device_ends_the_run_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def lose(workload, contender, ceilings, seconds):
+        if contender.name == "library":
+            raise record.DeviceLost("the device is lost")
+        return workload.measure(contender, ceilings, seconds=seconds)
+
+    monkeypatch.setattr(operators, "attempt", lose)
+    assert bench("attention", "--cases", "odd", "--json", str(tmp_path / "out.json")) == 1
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert "median" in rows[0]
+    assert "the device is lost" in capsys.readouterr().out
+
+
+def test_pictures_are_drawn_later_from_the_file(tmp_path: Path):
+    bench("rms_norm", "--cases", "odd", "--json", str(tmp_path / "out.json"))
+    assert main(["plot", str(tmp_path / "out.json"), str(tmp_path / "later")]) == 0
+    assert (tmp_path / "later" / "rms_norm.png").exists()

@@ -44,3 +44,14 @@ def test_a_page_shows_losses_faults_and_what_was_not_measured(tmp_path: Path, mo
     assert "2026-01-02" in readme
     assert "`rms_norm`, small, careless: error 3" in pages[folder / "README.md"]
     assert " ms" not in readme
+
+
+def test_what_make_gpu_left_is_taken_under_the_name_of_its_device(tmp_path: Path):
+    source = tmp_path / "outputs"
+    source.mkdir()
+    (source / "bench.json").write_text(json.dumps({"device": "NVIDIA H200", "rows": []}))
+    (source / "roofline.png").write_bytes(b"picture")
+    (source / "tests.log").write_text("log")
+    folder = page.take(source, tmp_path / "results")
+    assert folder.name == "nvidia-h200"
+    assert {path.name for path in folder.iterdir()} == {"bench.json", "roofline.png"}

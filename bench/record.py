@@ -1,0 +1,80 @@
+"""Rows as they are measured: written after every case, so that nothing is lost with a device, and drawn at the end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.about import picture_folder, write_json
+from bench.table import compare, spread, tally
+
+
+class DeviceLost(RuntimeError):
+    """The device is in error, as after an illegal access; whatever runs on it from now on fails too."""
+
+
+@dataclass
+class Record:
+    """What a command found. `path`: where it is kept, or None; `folder`: where its pictures go, or None."""
+
+    about: Mapping[str, Any]
+    path: Path | None
+    folder: Path | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """The rows of one case."""
+        rows = list(rows)
+        compare(rows)
+        self.rows += rows
+        self.save()
+
+    def save(self) -> None:
+        if self.path:
+            write_json(self.path, {**self.about, "rows": self.rows})
+
+    def finish(self) -> None:
+        self.save()
+        print(f"\n{spread(self.rows)}\n{tally(self.rows)}")
+        if self.folder:
+            draw(self.about, self.rows, self.folder)
+
+
+def failure(error: Exception, device: str) -> dict[str, str]:
+    """What takes the place of a time; raises DeviceLost if nothing can be measured on the device any more."""
+    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            raise DeviceLost(f"the device is lost, and the rest is not measured: {said}") from error
+    return {"failed": said}
+
+
+def draw(about: Mapping[str, Any], rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    try:
+        from bench.plots import plot
+    except ImportError as error:
+        print(f"no pictures: {error}; python -m bench plot FILE DIR draws them where matplotlib is installed")
+        return
+    print(*(f"wrote {path}" for path in plot(about, rows, folder)), sep="\n")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m bench plot`."""
+    parser = argparse.ArgumentParser(prog="python -m bench plot", description="pictures of what another run measured")
+    parser.add_argument("file", type=Path, help="that --json wrote")
+    parser.add_argument("folder", type=picture_folder, help="for the pictures")
+    options = parser.parse_args(arguments)
+    try:
+        found = json.loads(options.file.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"file must be what --json wrote, got {options.file}: {error}")
+    draw(found, found.pop("rows"), options.folder)
+    return 0
