@@ -71,7 +71,7 @@ def _colors(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _bars(about: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
-    """Median time of each contender, case by case, with whiskers from p20 to p80 and the floor as a line."""
+    """The share of the possible speed that each contender reaches, case by case; its milliseconds in words."""
     kept: list[Row] = []
     cases = list(dict.fromkeys(row["case"] for row in rows))
     for case in reversed(cases):  # the largest come last, and say most
@@ -81,42 +81,27 @@ def _bars(about: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
     cases = list(dict.fromkeys(row["case"] for row in kept))
     figure, axes = plt.subplots(figsize=(10, 1.9 + 0.27 * len(kept) + 0.42 * len(cases)), layout="constrained")
     colors, position, ticks = _colors(kept), 0.0, []
-    shortest, longest = min(row["floor"] for row in kept), max(row["p80"] for row in kept)
+    best = max(100 * row["floor"] / row["p20"] for row in kept)
     for case in cases:
-        of_case = [row for row in kept if row["case"] == case]
-        top = position
-        for row in of_case:
-            _bar(axes, position, row, colors[row["backend"]])
-            ticks.append((position, row["backend"]))
+        axes.text(0, position - 0.55, f" {case.replace('=', ' = ')}", fontsize=9, weight="bold", va="bottom")
+        for row in (row for row in kept if row["case"] == case):
+            slow, usual, fast = (100 * row["floor"] / row[key] for key in ("p80", "median", "p20"))
+            axes.barh(position, usual, color=colors[row["backend"]], height=0.86)
+            axes.plot([slow, fast], [position, position], color="black", lw=0.8)
+            words = f"{_short(row['median'] * 1e3)} ms · {usual:.0f} %"
+            axes.text(fast + best * 0.01, position, words, va="center", fontsize=8)
+            ticks.append((position, row["backend"] + " *" * row.get("is_chosen", False)))
             position += 1
-        floor = of_case[0]["floor"] * 1e3
-        axes.plot([floor, floor], [top - 0.45, position - 0.55], color="black", lw=2)
-        axes.text(shortest * 420, top - 0.55, case.replace("=", " = "), fontsize=9, weight="bold", va="bottom")
         position += 1.5
-    axes.plot(
-        [],
-        [],
-        color="black",
-        lw=2,
-        label="floor: the least time possible here; percentages: share of its speed",
-    )
-    axes.set(xscale="log", xlim=(shortest * 400, longest * 4e3), ylim=(position - 1.2, -1.7))
+    axes.set(xlim=(0, best * 1.22), ylim=(position - 1.2, -1.7))
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=8)
-    _plain_numbers(axes, "x")
-    axes.set_xlabel("milliseconds, shorter is better (median of a cold cache; whiskers p20 to p80)")
+    axes.set_xlabel(
+        "% of the speed that the measured copy and matrix product allow, longer is better (whiskers p20 to p80)"
+    )
     direction = rows[0]["direction"]
-    axes.set_title(_title(about, f"{rows[0]['op']}, {direction}"), fontsize=10, loc="left")
+    axes.set_title(_title(about, f"{rows[0]['op']}, {direction}   (*: what runs by default)"), fontsize=10, loc="left")
     axes.grid(axis="x", which="major", alpha=0.3)
-    figure.legend(loc="outside lower right", fontsize=8, frameon=False)
     return figure
-
-
-def _bar(axes: Axes, position: float, row: Row, color: str) -> None:
-    times = [row[name] * 1e3 for name in ("median", "p20", "p80")]
-    axes.barh(position, times[0], color=color, height=0.86)
-    axes.plot(times[1:], [position, position], color="black", lw=0.8)
-    share = 100 * row["floor"] / row["median"]
-    axes.text(times[2] * 1.12, position, f"{_short(times[0])} ms · {share:.0f} %", va="center", fontsize=8)
 
 
 def _roofline(about: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
@@ -178,8 +163,9 @@ def _curves(about: Mapping[str, Any], rows: Sequence[Row], of: Literal["time", "
             axes.plot(sizes, [row["peak_bytes"] / 1e6 for row in of_backend], color=colors[name], ms=5, **look)
             continue
         medians, low, high = ([row[key] * 1e3 for row in of_backend] for key in ("median", "p20", "p80"))
-        axes.plot(sizes, medians, color=colors[name], ms=5, **look)
-        axes.fill_between(sizes, low, high, color=colors[name], alpha=0.15, lw=0)
+        reach = [[usual - least for usual, least in zip(medians, low, strict=True)],
+                 [most - usual for usual, most in zip(medians, high, strict=True)]]  # fmt: skip
+        axes.errorbar(sizes, medians, yerr=reach, color=colors[name], ms=5, elinewidth=0.8, capsize=2, **look)
     names = {row["size"]: f"{row['size']:,}" if "=" in row["case"] else row["case"] for row in rows}
     if of == "time":
         floors = sorted({row["size"]: row["floor"] * 1e3 for row in rows}.items())
