@@ -15,6 +15,7 @@ from opensora.checkpoints import load_model, save_model
 from opensora.config import TrainVAEConfig, VideoVAEConfig
 from opensora.data.datasets import ClipDataset
 from opensora.data.loader import make_loader
+from opensora.metrics import psnr
 from opensora.parallel import DTYPES, ParallelContext
 from opensora.training import Job, LoaderBatches, TrainingResult, prepare_process, run_job
 from opensora.vae import VAELoss, VideoVAE
@@ -112,7 +113,7 @@ class _VAETask:
                 x = self._moved(clips[index]["video"][None])
                 x_rec = self._reconstruct(x)
                 rows += [to_uint8(x[0]), to_uint8(x_rec[0])]
-                scores.append(psnr(rows[-2], rows[-1]))
+                scores.append(float(psnr(rows[-2], rows[-1]).mean()))
             write_contact_sheet(folder / f"{name}-{step:08d}.png", rows)
             values[f"psnr_{name}"] = sum(scores) / len(scores)
         return values
@@ -135,12 +136,6 @@ class _VAETask:
 
     def _moved(self, x_BCTHW: Tensor) -> Tensor:
         return x_BCTHW.to(self.context.device, DTYPES[self.config.run.dtype], non_blocking=True)
-
-
-def psnr(frames: Tensor, other: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 clips (T, C, H, W): the mean over frames; 100 where they agree."""
-    error_T = (frames.double() - other.double()).div(255).square().mean(dim=(1, 2, 3))
-    return float((-10 * torch.log10(error_T.clamp(min=1e-10))).mean())
 
 
 def _mixed(x_BCTHW: Tensor, config: TrainVAEConfig) -> Tensor:

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 450
 
 # Files of opensora and folders of files -> what else in opensora they may import.
-_FILES = {"config": set(), "parallel": set(), "video": set(), "weight_files": set(), "config_files": {"config"}}
+_FILES = {name: set() for name in ("config", "parallel", "video", "weight_files", "metrics")} | {
+    "config_files": {"config"}
+}
 _CHECKPOINTS = {"checkpoints": {"config", "config_files", "weight_files"}}
 _LEAF_ROOMS = {room: {"config"} for room in ("data", "vae", "text", "models", "schedulers", "conditioning")}
 _BESIDE_THEM = {"training": {"config", "parallel"}, "presets": {"config", "data"}}

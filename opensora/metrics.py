@@ -1,0 +1,89 @@
+"""How close two clips are: PSNR, SSIM and, where its weights are at hand, LPIPS, frame by frame.
+
+Axes: B clips, T frames, C channels, H height, W width. Source: Open-Sora-Plan v1.1.0, opensora/eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WINDOW, SIGMA = 11, 1.5
+C1, C2 = 0.01**2, 0.03**2
+SAME, SAME_DB = 1e-10, 100.0  # a mean squared error below the first counts as the second
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Two batches of frames (N, 3, H, W) in [-1, 1] to N distances."""
+
+
+def psnr(frames: Tensor, other: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, computed in fp64; 100 where the frames agree.
+
+    Shapes: (*, C, H, W), uint8 or floating-point in [0, 1] -> (*).
+    Errors: ValueError for shapes that differ; TypeError for other dtypes.
+    """
+    frames, other = _prepared("psnr", frames, other)
+    error = (frames - other).square().mean((-3, -2, -1))
+    return torch.where(error < SAME, SAME_DB, -10 * torch.log10(error.clamp_min(SAME)))
+
+
+def ssim(frames: Tensor, other: Tensor) -> Tensor:
+    """Structural similarity in fp64: a Gaussian window of 11 x 11 pixels that never leaves the frame, each channel by
+    itself, averaged.
+
+    Shapes: (*, C, H, W), uint8 or floating-point in [0, 1], at least 11 x 11 -> (*). Errors: as for `psnr`.
+    """
+    frames, other = _prepared("ssim", frames, other)
+    if min(frames.shape[-2:]) < WINDOW:
+        raise ValueError(f"ssim: frames must have at least {WINDOW} x {WINDOW} pixels, got {tuple(frames.shape)}")
+    leading, (height, width) = frames.shape[:-2], frames.shape[-2:]
+    a, b = (side.reshape(-1, 1, height, width) for side in (frames, other))
+    mean_a, mean_b = _blurred(a), _blurred(b)
+    variance_a, variance_b = _blurred(a * a) - mean_a**2, _blurred(b * b) - mean_b**2
+    covariance = _blurred(a * b) - mean_a * mean_b
+    likeness = (2 * mean_a * mean_b + C1) * (2 * covariance + C2)
+    likeness = likeness / ((mean_a**2 + mean_b**2 + C1) * (variance_a + variance_b + C2))
+    return likeness.mean((1, 2, 3)).reshape(leading).mean(-1)
+
+
+def lpips_alex() -> Distance | str:
+    """The distance of the `lpips` package on AlexNet, or a sentence that says what of it is missing here. Nothing is
+    downloaded."""
+    try:
+        import lpips
+    except ImportError:
+        return "the package lpips is not installed"
+    backbone = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    if not backbone.exists():
+        return f"the weights of AlexNet are not there ({backbone})"
+    network = lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False)
+    return lambda frames, other: network(frames, other).flatten()
+
+
+def _prepared(name: str, frames: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    if frames.shape != other.shape or frames.dim() < 3:
+        raise ValueError(
+            f"{name}: frames and other must have one shape (*, C, H, W), got {tuple(frames.shape)} and "
+            f"{tuple(other.shape)}"
+        )
+    return _in_unit_range(name, frames), _in_unit_range(name, other)
+
+
+def _in_unit_range(name: str, frames: Tensor) -> Tensor:
+    if frames.dtype == torch.uint8:
+        return frames.double() / 255
+    if not frames.is_floating_point():
+        raise TypeError(f"{name}: frames must be uint8 or floating-point, got {frames.dtype}")
+    return frames.double()
+
+
+def _blurred(x_N1HW: Tensor) -> Tensor:
+    """Weighted means over each window that fits."""
+    offsets = torch.arange(WINDOW, dtype=x_N1HW.dtype, device=x_N1HW.device) - WINDOW // 2
+    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    weights = weights / weights.sum()
+    return F.conv2d(F.conv2d(x_N1HW, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
