@@ -7,7 +7,7 @@ name only when complete; the same frames give the same bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +15,9 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.container import OutputContainer
 from av.video.reformatter import ColorRange, Colorspace
+from av.video.stream import VideoStream
 from PIL import Image
 from torch import Tensor
 
@@ -51,41 +53,64 @@ def write_video(path: str | Path, frames: Tensor, *, fps: float, crf: int = 18) 
     raise ValueError(f"write_video: path must end in .mp4, .gif or .png, got {str(path)!r}")
 
 
-def write_mp4(path: str | Path, frames: Tensor, *, fps: float, crf: int = 18) -> Path:
+def write_mp4(path: str | Path, frames: Tensor | Iterable[Tensor], *, fps: float, crf: int = 18) -> Path:
     """Encode uint8 (T, 3, H, W) frames as H.264 4:2:0, the one kind of mp4 that every player opens.
 
-    `crf` is x264's quality, 0 (lossless up to the colour conversion) to 51. An odd height or width is made even by
-    repeating the last row or column, because 4:2:0 has no half pixels. Errors as for `write_video`.
+    `frames` may come in chunks of one H and W, each encoded and let go before the next is asked for. `crf` is x264's
+    quality, 0 (lossless up to the colour conversion) to 51. An odd height or width is made even by repeating the last
+    row or column, because 4:2:0 has no half pixels. Errors as for `write_video`, and whatever making a chunk raises;
+    no file of that name is left then that was not there before.
     """
-    _check_frames("write_mp4", frames)
+    if isinstance(frames, Tensor):
+        _check_frames("write_mp4", frames)
+        frames = [frames]
     if not fps > 0:
         raise ValueError(f"write_mp4: fps must be positive, got {fps}")
-    frames_THWC = frames.permute(0, 2, 3, 1).numpy()
-    num_odd_rows, num_odd_columns = (size % 2 for size in frames_THWC.shape[1:3])
-    frames_THWC = np.pad(frames_THWC, ((0, 0), (0, num_odd_rows), (0, num_odd_columns), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)
     with (
         _replacing(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact", "movflags": "+faststart"}) as file,
     ):
-        # x264's output depends on the number of threads, and with mbtree on what its uninitialised memory holds.
-        options = {"crf": str(crf), "threads": "1", "x264-params": "mbtree=0", "flags": "+bitexact"}
-        stream = file.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width = frames_THWC.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = 1 / rate
-        # Tagged, because players guess BT.709 for large and BT.601 for small untagged pictures.
-        stream.codec_context.colorspace = Colorspace.SMPTE170M
-        stream.codec_context.color_range = ColorRange.MPEG
-        for index, pixels in enumerate(frames_THWC):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
-            )
-            frame.pts, frame.time_base = index, 1 / rate
-            file.mux(stream.encode(frame))
+        stream, size, count = None, None, 0
+        for chunk in frames:
+            _check_frames("write_mp4", chunk)
+            if stream is None:
+                size = chunk.shape[2:]
+                stream = _add_h264(file, size, rate, crf)
+            if chunk.shape[2:] != size:
+                raise ValueError(
+                    f"write_mp4: frames must be of one size, got {tuple(size)}, then {tuple(chunk.shape[2:])}"
+                )
+            for pixels in _even(chunk.permute(0, 2, 3, 1).numpy()):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                frame = frame.reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
+                )
+                frame.pts, frame.time_base = count, 1 / rate
+                file.mux(stream.encode(frame))
+                count += 1
+        if stream is None:
+            raise ValueError("write_mp4: frames must hold at least one frame, got no chunk")
         file.mux(stream.encode())
     return Path(path)
+
+
+def _add_h264(file: OutputContainer, size: Sequence[int], rate: Fraction, crf: int) -> VideoStream:
+    # x264's output depends on the number of threads, and with mbtree on what its uninitialised memory holds.
+    options = {"crf": str(crf), "threads": "1", "x264-params": "mbtree=0", "flags": "+bitexact"}
+    stream = file.add_stream("libx264", rate=rate, options=options)
+    stream.height, stream.width = (pixels + pixels % 2 for pixels in size)
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.time_base = 1 / rate
+    # Tagged, because players guess BT.709 for large and BT.601 for small untagged pictures.
+    stream.codec_context.colorspace = Colorspace.SMPTE170M
+    stream.codec_context.color_range = ColorRange.MPEG
+    return stream
+
+
+def _even(frames_THWC: np.ndarray) -> np.ndarray:
+    num_odd_rows, num_odd_columns = (size % 2 for size in frames_THWC.shape[1:3])
+    return np.pad(frames_THWC, ((0, 0), (0, num_odd_rows), (0, num_odd_columns), (0, 0)), mode="edge")
 
 
 def write_gif(path: str | Path, frames: Tensor, *, fps: float) -> Path:

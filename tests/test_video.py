@@ -176,3 +176,20 @@ def test_an_unknown_suffix_and_an_impossible_speed_are_refused(tmp_path, frames)
     for suffix in (".mp4", ".gif"):
         with pytest.raises(ValueError, match="fps must be positive, got 0"):
             write_video(tmp_path / f"clip{suffix}", frames, fps=0)
+
+
+def test_an_mp4_is_the_same_whether_its_frames_come_at_once_or_in_chunks(tmp_path, frames):
+    whole = write_mp4(tmp_path / "whole.mp4", frames, fps=8)
+    chunks = write_mp4(tmp_path / "chunks.mp4", iter(frames.split(2)), fps=8)
+    assert whole.read_bytes() == chunks.read_bytes()
+
+
+def test_an_mp4_whose_frames_fail_midway_leaves_nothing_behind(tmp_path, frames):
+    def failing():
+        yield frames
+        raise RuntimeError("no more")
+
+    for chunks, error in ((failing(), RuntimeError), (iter(()), ValueError), ([frames, frames[..., 2:]], ValueError)):
+        with pytest.raises(error):
+            write_mp4(tmp_path / "clip.mp4", chunks, fps=8)
+        assert not list(tmp_path.iterdir())
