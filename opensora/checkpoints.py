@@ -3,7 +3,8 @@
 A folder holds `config.json` and one of
 
 * `model.safetensors` or `diffusion_pytorch_model.safetensors`, whole or in shards with an `.index.json`;
-* `pytorch_model.bin` (`.pt`, `.pth`), whole or in shards, read with `weights_only=True`.
+* `pytorch_model.bin` (`.pt`, `.pth`), whole or in shards, read with `weights_only=True`;
+* one `*.ckpt` of Open-Sora-Plan's VAE training, read likewise.
 
 Names and shapes are compared before the first weight is read; then each tensor is read straight into its place, so
 that the peak is the weights plus one tensor (safetensors) or plus one shard (pickles).
@@ -209,6 +210,8 @@ def _fill(
     stored: dict[str, tuple[int, ...]] = {}
     for file in files:
         stored.update(file.shapes())
+    not_loaded = getattr(model, "keys_not_loaded", ())  # prefixes of what training alone needs
+    stored = {name: shape for name, shape in stored.items() if not name.startswith(not_loaded)}
     plan, report = _plan(stored, wanted)
     if report.mis_shaped or not plan or (strict and report):
         raise CheckpointError(f"{location}: does not fit {type(model).__name__}: {report}")

@@ -47,7 +47,16 @@ def weight_files(location: Path) -> list[WeightFile]:
         shards = sorted(path for stem in _STEMS for path in location.glob(f"{stem}-*-of-*{suffix}"))
         if shards:
             return [_weight_file(path) for path in shards]
-    raise CheckpointError(f"{location}: holds no weights (looked for {', '.join(_STEMS)} with {', '.join(_SUFFIXES)})")
+    checkpoints = sorted(location.glob("*.ckpt"))  # of a training of Open-Sora-Plan's, under any name
+    if len(checkpoints) > 1:
+        raise CheckpointError(
+            f"{location}: holds several checkpoints, name one: {', '.join(p.name for p in checkpoints)}"
+        )
+    if checkpoints:
+        return [_weight_file(checkpoints[0])]
+    raise CheckpointError(
+        f"{location}: holds no weights (looked for {', '.join(_STEMS)} with {', '.join(_SUFFIXES)}, and *.ckpt)"
+    )
 
 
 def weight_file_names(folder: Path) -> list[str]:

@@ -18,10 +18,12 @@ from .ops.rms_norm_silu import rms_norm_silu
 from .ops.unpack_shards import unpack_shards
 from .ops.upsample_conv3d import upsample_conv3d
 from .sequence_parallel import gather_sequence, sequence_all_to_all, split_sequence, ulysses_attention
+from .vae.tiled import Tiling, iterate_tiled, run_tiled
 
 __all__ = [
     "BackendError",
     "Norm",
+    "Tiling",
     "__version__",
     "attention",
     "blend_tiles",
@@ -31,12 +33,14 @@ __all__ = [
     "gather_sequence",
     "group_norm_silu",
     "guided_euler_step",
+    "iterate_tiled",
     "modulate",
     "pack_shards",
     "qk_norm_attention",
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_silu",
+    "run_tiled",
     "sequence_all_to_all",
     "split_sequence",
     "ulysses_attention",

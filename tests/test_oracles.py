@@ -14,14 +14,18 @@ from tests.oracles.__main__ import find_cases, load_adapters, main, replay
 from tests.oracles.registry import Case, find_adapter
 
 COMMITTED = Path(__file__).parent / "oracles" / "data"
-ALL = Path(__file__).parents[2] / "shared" / "oracles" / "open-sora"
+SHARED = Path(__file__).parents[2] / "shared" / "oracles"
+ALL = SHARED / "open-sora"
 SIZE_LIMIT = 8_000_000
 # Cases about Open-Sora 1.0, and the sampler of 1.0 and 1.1, which this version does not hold.
 OTHER_RELEASES = ("stdit_", "iddpm_", "dpms_")
+# Of Open-Sora-Plan, this version holds the video VAEs.
+PLAN = ("vae-blocks", "vae-v", "tail-init")
 
 committed_cases = find_cases(COMMITTED)
 committed_names = {case.name for case in committed_cases}
 other_cases = [case for case in find_cases(ALL) if case.name not in committed_names]
+plan_cases = [case for case in find_cases(SHARED / "open-sora-plan") if case.name.startswith(PLAN)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,6 +51,13 @@ def test_every_other_answer_is_reproduced(case: Case | None):
         pytest.skip("the full set is not at hand: no folder ../shared/oracles/open-sora beside this checkout")
     if find_adapter(case.name) is None and case.name.startswith(OTHER_RELEASES):
         pytest.skip("Open-Sora 1.0 and the sampler of 1.1 are not in this version")
+    assert_replays(case)
+
+
+@pytest.mark.parametrize("case", plan_cases or [None], ids=lambda case: case.name if case else "none")
+def test_every_answer_of_open_sora_plan_is_reproduced(case: Case | None):
+    if case is None:
+        pytest.skip("the full set is not at hand: no folder ../shared/oracles/open-sora-plan beside this checkout")
     assert_replays(case)
 
 

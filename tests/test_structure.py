@@ -42,7 +42,8 @@ OTHER_OP_PARTS = {f"{backend}.py" for backend in ("library", "cpu", "triton_kern
 ROOT_FILES_OF_A_REFERENCE = {"norms", "causal_padding", "modulation", "shards"}
 # Folders of opensora_kernels that join operators, which root files may not: they are exported like operators, but have
 # no backends of their own. sequence_parallel: attention between ranks is packing, an exchange and attention.
-KERNEL_ROOMS = {"sequence_parallel"}
+# vae: decoders and encoders run in tiles and windows.
+KERNEL_ROOMS = {"sequence_parallel", "vae"}
 # Counts as a root file: what the Triton kernels of several operators share.
 ROOT_FOLDERS = {"_triton"}
 ONLY_ELSEWHERE = {"complex64", "complex128", "float64", "double", "cuda", "view_as_complex"}
