@@ -1,5 +1,7 @@
 """Fused operators for video VAEs and video diffusion transformers."""
 
+from typing import Any
+
 from ._version import __version__
 from .backends import BackendError, explain, use
 from .norms import Norm
@@ -18,12 +20,10 @@ from .ops.rms_norm_silu import rms_norm_silu
 from .ops.unpack_shards import unpack_shards
 from .ops.upsample_conv3d import upsample_conv3d
 from .sequence_parallel import gather_sequence, sequence_all_to_all, split_sequence, ulysses_attention
-from .vae.tiled import Tiling, iterate_tiled, run_tiled
 
 __all__ = [
     "BackendError",
     "Norm",
-    "Tiling",
     "__version__",
     "attention",
     "blend_tiles",
@@ -33,18 +33,25 @@ __all__ = [
     "gather_sequence",
     "group_norm_silu",
     "guided_euler_step",
-    "iterate_tiled",
     "modulate",
     "pack_shards",
     "qk_norm_attention",
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_silu",
-    "run_tiled",
     "sequence_all_to_all",
     "split_sequence",
     "ulysses_attention",
     "unpack_shards",
     "upsample_conv3d",
     "use",
+    "vae",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "vae":  # imported when asked for: only who decodes needs it
+        from importlib import import_module
+
+        return import_module("opensora_kernels.vae")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

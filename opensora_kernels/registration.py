@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
 
 from . import backends
@@ -132,7 +133,12 @@ def register_op(
 
 
 def call(op: str, *arguments: Any) -> Any:
-    """Run `op` on the backend chosen for these arguments; plain implementations are called directly."""
+    """Run `op` on the backend chosen for these arguments; plain implementations are called directly.
+
+    Tensor subclasses with `__torch_function__` of their own see the call as they see PyTorch's functions.
+    """
+    if has_torch_function(arguments):
+        return handle_torch_function(call, arguments, op, *arguments)
     cast = _cast_for_autocast(op, arguments) if _casting[op] else arguments
     backend = backends.choose(op, *cast)
     chosen = backends.implementation(op, backend)

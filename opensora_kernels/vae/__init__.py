@@ -1,5 +1,20 @@
-"""Running video VAEs on clips that do not fit into memory at once."""
+"""Video VAEs over clips of any length, inside a memory budget: exactly, where the budget allows."""
 
+from .plan import TilePlan, plan_tiles
+from .running import decode, encode, gather
+from .strategies import Strategy, Streaming, Whole
 from .tiled import Tiling, iterate_tiled, run_tiled
 
-__all__ = ["Tiling", "iterate_tiled", "run_tiled"]
+__all__ = [
+    "Strategy",
+    "Streaming",
+    "TilePlan",
+    "Tiling",
+    "Whole",
+    "decode",
+    "encode",
+    "gather",
+    "iterate_tiled",
+    "plan_tiles",
+    "run_tiled",
+]

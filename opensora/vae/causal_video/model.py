@@ -17,7 +17,7 @@ from opensora.vae.causal_video.coder import Decoder, Encoder, convolution
 from opensora.vae.causal_video.layers import CausalConv3d
 from opensora.vae.causal_video.tiling import VAETiling
 from opensora.vae.distributions import DiagonalGaussian, DrawNoise, normal_noise
-from opensora_kernels import run_tiled
+from opensora_kernels.vae import run_tiled
 
 Progress = Callable[[int, int], None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opensora_kernels import Tiling
+from opensora_kernels.vae import Tiling
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora_kernels import Tiling, iterate_tiled, run_tiled
+from opensora_kernels.vae import Tiling, iterate_tiled, run_tiled
 
 # Pixels to latents, four times smaller in space and every fourth frame; and back.
 PIXELS = Tiling(tile=(16, 16), stride=(12, 12), overlap=(1, 1), keep=(3, 3), window=9)

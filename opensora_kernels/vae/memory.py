@@ -1,0 +1,222 @@
+"""Memory on paper: a run on meta tensors, with the bytes that would be alive at each moment, and its cost.
+
+Every operator that PyTorch dispatches is seen, with what our operators' plain PyTorch allocates inside. What a library
+allocates out of sight is added from measurements, see `_hidden_bytes`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .clip import Clip, on_meta
+from .streams import Run
+
+aten = torch.ops.aten
+
+# For comparing plans with each other, not for seconds: a byte moved is the unit.
+_FLOP_PER_BYTE = {torch.float32: 20, torch.float64: 10}  # what a machine computes while it moves a byte
+_FLOP_PER_BYTE_OF_HALF = 100
+_BYTES_PER_OPERATOR = 200_000  # 20 us of Python and dispatch at 10 GB/s
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Most bytes alive at once beyond weights and clip, bytes written to the spill, and cost in bytes moved."""
+
+    peak_bytes: int
+    spill_bytes: int
+    cost: float
+
+
+class Ledger(TorchDispatchMode):
+    """Counts what operators on meta tensors would allocate. Tensors from before it was entered are not counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.cost = 0.0
+        self._device = device
+        self._known: set[int] = set()
+        self._constants: dict[int, tuple[Tensor, Tensor]] = {}
+        self._is_paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if self._is_paused:
+            return func(*args, **(kwargs or {}))
+        if any(issubclass(kind, Clip) for kind in types):
+            return NotImplemented
+        inputs = _tensors((args, kwargs))
+        for tensor in inputs:
+            self._meet(tensor, is_new=False)
+        results = func(*args, **(kwargs or {}))
+        outputs = _tensors(results)
+        is_view = all(not self._meet(tensor, is_new=True) for tensor in outputs)
+        self.peak = max(self.peak, self.live + _hidden_bytes(func, args, outputs, self._device))
+        if not is_view or func._schema.is_mutable:
+            moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
+            self.cost += max(moved, _flop(func, args, outputs)) + _BYTES_PER_OPERATOR
+        return results
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """A weight on meta, which is not counted."""
+        if tensor.is_meta:
+            return tensor
+        if id(tensor) not in self._constants:
+            with self.paused():
+                self._constants[id(tensor)] = (tensor, on_meta(tensor))
+        return self._constants[id(tensor)][1]
+
+    def watch(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, int, float]:
+        """function(*arguments), the most memory that it took beyond what was in use, and its cost."""
+        before, peak, cost = self.live, self.peak, self.cost
+        self.peak = before
+        result = function(*arguments)
+        extra, self.peak = self.peak - before, max(peak, self.peak)
+        return result, extra, self.cost - cost
+
+    def repeat(self, extra: int, cost: float, descriptions: Any) -> Any:
+        """The result of something watched before."""
+        self.peak, self.cost = max(self.peak, self.live + extra), self.cost + cost
+        with self.paused():
+            result = pytree.tree_map_only(_Description, _Description.empty, descriptions)
+        for tensor in _tensors(result):
+            self._meet(tensor, is_new=True)
+        return result
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def _meet(self, tensor: Tensor, is_new: bool) -> bool:
+        """Whether memory of the tensor is seen for the first time; it counts from now on if it `is_new`."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return False
+        self._known.add(key)
+        num_bytes = storage.nbytes() if is_new else 0
+        self.live += num_bytes
+        weakref.finalize(storage, self._forget, key, num_bytes)
+        return True
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.live -= num_bytes
+
+
+@dataclass(frozen=True)
+class RunOnPaper(Run):
+    """A run on meta tensors that remembers what each step allocates for chunks of one shape: a clip has many."""
+
+    ledger: Ledger
+    seen: dict[Any, tuple[int, float, Any]]
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(arguments)
+        key = (function, structure, tuple(_description(leaf) for leaf in leaves))
+        if key in self.seen:
+            return self.ledger.repeat(*self.seen[key])
+        result, extra, cost = self.ledger.watch(function, arguments)
+        made = _tensors(result)
+        owners = {tensor.untyped_storage()._cdata for tensor in _tensors(leaves)}
+        if not any(tensor.untyped_storage()._cdata in owners for tensor in made):  # a view is made again each time
+            self.seen[key] = (extra, cost, pytree.tree_map_only(Tensor, _description, result))
+        return result
+
+
+def _description(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return _Description(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.untyped_storage().nbytes())
+
+
+@dataclass(frozen=True)
+class _Description:
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    num_bytes: int
+
+    def empty(self) -> Tensor:
+        storage = torch.UntypedStorage(self.num_bytes, device="meta")
+        return torch.empty(0, dtype=self.dtype, device="meta").set_(storage, 0, self.shape, self.stride)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _flop(func: Any, args: tuple[Any, ...], outputs: list[Tensor]) -> float:
+    """Floating-point operations of convolutions and matrix products in units of bytes moved in the same time."""
+    packet = func._overloadpacket
+    if packet is aten.convolution:
+        num_products = args[1].numel() // args[1].shape[0]
+    elif packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
+        num_products = args[-2].shape[-1]
+    else:
+        return 0.0
+    per_byte = _FLOP_PER_BYTE.get(outputs[0].dtype, _FLOP_PER_BYTE_OF_HALF)
+    return 2 * outputs[0].numel() * num_products / per_byte
+
+
+def _hidden_bytes(func: Any, args: tuple[Any, ...], outputs: list[Tensor], device: torch.device) -> int:
+    """What a library allocates while it computes, beyond its results."""
+    if device.type != "cpu":
+        return 0
+    if func is aten.convolution.default:
+        return _of_convolution(args[0], args[1], args[5], outputs[0])
+    packet = func._overloadpacket
+    if packet in _COPIES_OF_STRIDED and not args[0].is_contiguous():
+        return args[0].nbytes
+    if torch.Tag.pointwise in func.tags and packet not in _CONVERSIONS:
+        # operands of another dtype than the result's are converted first
+        return sum(x.numel() * outputs[0].itemsize for x in _tensors(args) if x.dtype != outputs[0].dtype and x.dim())
+    if packet in _COPIES_OF_HALF and args[0].itemsize < 4:
+        return args[0].numel() * 4
+    if packet is aten.linalg_vector_norm and args[0].dtype != outputs[0].dtype:
+        return args[0].numel() * outputs[0].itemsize
+    return 0
+
+
+_COPIES_OF_STRIDED = {aten.native_group_norm, aten.native_layer_norm, aten.upsample_nearest2d, aten.upsample_nearest3d}
+_COPIES_OF_HALF = {aten.mean}  # summed as a copy in fp32
+_CONVERSIONS = {aten._to_copy, aten.copy_, aten.clone}
+
+
+def _of_convolution(x: Tensor, weight: Tensor, dilation: list[int], out: Tensor) -> int:
+    """Workspaces of PyTorch's and oneDNN's kernels, as measured by peak RSS (torch 2.13, a Xeon with AMX, 2026-11-21).
+
+    oneDNN in fp32: x and the result in blocks of 16 channels, then the result reordered while its blocks live; plainly
+    for 1x1x1. In bf16: three times the result. PyTorch gives small fp32 images on one thread to a kernel of its own,
+    which unfolds every window. An x that is not contiguous is copied first.
+    """
+    copy = 0 if x.is_contiguous() else x.nbytes
+    kernel = weight.shape[2:]
+    if x.dtype is not torch.float32:
+        return copy + max(x.nbytes + 2 * weight.nbytes, 2 * out.nbytes)
+    is_large = prod(x.shape[:4]) > 20480 or x.shape[0] > 16 or max(kernel) > 3 or max(dilation) > 1
+    if not is_large and torch.get_num_threads() == 1:
+        return copy + x.shape[1] * prod(kernel) * (out.numel() // prod(out.shape[:2])) * x.itemsize
+    if max(kernel) == 1:
+        return copy
+    blocked_x, blocked_out = _blocked(x), _blocked(out)
+    return copy + max(blocked_x + 2 * weight.nbytes + blocked_out, blocked_out + out.nbytes) - out.nbytes
+
+
+def _blocked(tensor: Tensor) -> int:
+    channels = tensor.shape[1]
+    return tensor.nbytes // channels * (-(-channels // 16) * 16)

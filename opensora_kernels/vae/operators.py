@@ -1,0 +1,176 @@
+"""What our own operators mean for the frames of a clip.
+
+A causal convolution carries its state from chunk to chunk. GroupNorm over a clip becomes two steps: statistics of all
+frames, which every later frame waits for, and a norm of each chunk with those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from opensora_kernels.registration import call
+
+from . import programs
+from .graph import Call, Node, TimeAxis
+from .step import Step, as_stream, constant_node, stream
+
+
+def nodes_for(step: Step) -> Node | list[Node]:
+    """The nodes of `registration.call(op, *arguments)`, several results as a list."""
+    op = step.args[0]
+    named = Step(op, step.function, step.args, step.kwargs, step.inputs, step.call, step.results)
+    if named.is_of_pieces:
+        return named.whole()
+    found = _RULES[op](named) if op in _RULES else None
+    return named.whole() if found is None else found
+
+
+def group_norm_of_clip(step: Step, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Node:
+    """GroupNorm over all frames of the step's one input (B, C, T, H, W), as `group_norm_silu` without SiLU."""
+    (x,) = step.inputs
+    found = statistics(x)
+    arguments = ["group_norm_silu", None, num_groups, weight, bias, eps, False, "", None]
+    return _normalised(step, x, found, arguments)
+
+
+def statistics(x: Node) -> Node:
+    """Mean and squared deviations of every frame of x (B, C, T, H, W), which must all be there first."""
+    shape = (*x.shape[:3], 2)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    remark = f"statistics of all frames of {x.name} {x.shape}: they wait in the spill"
+    return Node("statistics", programs.statistics(), (x,), shape, wide, None, (True,), remark)
+
+
+def _group_norm_silu(step: Step) -> Node | None:
+    x = step.inputs[0]
+    _, _, num_groups, weight, bias, eps, per_frame, activation, given = step.args
+    if not _has_frames(x):
+        return _by_sample(step)
+    arguments = ["group_norm_silu", None, num_groups, weight, bias, eps, per_frame, activation, None]
+    if per_frame:  # statistics that the convolution before it returned are found again, chunk by chunk
+        return _call_on_chunks(step, (x,), arguments, [1])
+    return _normalised(step, x, statistics(x) if given is None else step.inputs[-1], arguments)
+
+
+def _normalised(step: Step, x: Node, found: Node, arguments: list[Any]) -> Node:
+    return _call_on_chunks(step, (x, found), arguments, [1, 8])
+
+
+def _call_on_chunks(step: Step, inputs: tuple[Node, ...], arguments: list[Any], slots: list[int]) -> Node:
+    return step.node(programs.each_chunk(_flat_call(call, arguments, slots)), inputs[0].axis, inputs=inputs)
+
+
+def _flat_call(function: Callable[..., Any], arguments: list[Any], slots: list[int]) -> Call:
+    """function(*arguments), with results of nodes at `slots`."""
+    structure = pytree.tree_structure(((0,) * len(arguments), {}))
+    return Call(function, arguments, structure, slots)
+
+
+def _has_frames(node: Node) -> bool:
+    """Whether the node is a stream (B, C, T, H, W) along T."""
+    return node.axis is not None and node.axis.dim == 2 and len(node.shape) == 5
+
+
+def _rms_norm_silu(step: Step) -> Node | None:
+    axis = step.common_axis()
+    return None if axis is None or axis.dim == 1 or len(step.inputs) > 1 else step.each_chunk(axis)
+
+
+def _by_sample(step: Step) -> Node | list[Node] | None:
+    """Operators that never mix the samples of axis 0, where time has merged with the batch in all of their inputs."""
+    axis = step.common_axis()
+    if axis is None or axis.dim != 0 or any(node.axis is None for node in step.inputs):
+        return None
+    if isinstance(step.results, Tensor):
+        return step.each_chunk(axis)
+    return None if len(step.results) > 1 else [step.each_chunk(axis, lambda *args: call(*args)[0])]
+
+
+# places in the arguments of a recorded causal_conv3d, behind its name
+_X, _WEIGHT, _STRIDE, _DILATION, _TIME_PAD, _STATE, _NORM = 1, 2, 4, 5, 9, 11, 12
+_PER_FRAME, _STATISTICS, _RESIDUAL, _RETURN_STATE, _RETURN_STATISTICS = 17, 18, 20, 21, 22
+
+
+def _causal_conv3d(step: Step) -> Node | list[Node] | None:
+    arguments = list(step.args)
+    clips = {index: argument.node for index, argument in enumerate(arguments) if hasattr(argument, "node")}
+    if _X not in clips or not _has_frames(clips[_X]):
+        return _by_sample(step)
+    if arguments[_RETURN_STATE] or arguments[_STATE] is not None or clips.keys() - {_X, _RESIDUAL, _STATISTICS}:
+        return None
+    inputs = {_X: clips[_X]}
+    if arguments[_RESIDUAL] is not None:
+        residual = clips.get(_RESIDUAL)
+        inputs[_RESIDUAL] = constant_node(arguments[_RESIDUAL], 2) if residual is None else as_stream(residual, 2)
+    if arguments[_NORM] == "group" and not arguments[_PER_FRAME]:
+        inputs[_STATISTICS] = clips.get(_STATISTICS) or statistics(clips[_X])
+    returns_statistics, arguments[_RETURN_STATISTICS] = arguments[_RETURN_STATISTICS], False
+    out = _convolution(step.name, arguments, inputs, step.result)
+    if out is None:
+        return None
+    return [out, statistics(out)] if returns_statistics else [out]
+
+
+def _convolution(name: str, arguments: list[Any], inputs: dict[int, Node], result: Tensor) -> Node | None:
+    """A causal convolution that carries its state; `inputs` by their places in `arguments`, x first."""
+    span = arguments[_DILATION][0] * (arguments[_WEIGHT].shape[2] - 1) + 1
+    stride, num_front = arguments[_STRIDE][0], arguments[_TIME_PAD]
+    if stride > span:
+        return None
+    arguments = [None if place in (_X, _RESIDUAL, _STATISTICS) else value for place, value in enumerate(arguments)]
+    if span == stride == 1 and num_front == 0:
+        program = programs.each_chunk(_flat_call(lambda *args: call(*args)[0], arguments, [*inputs]))
+    else:
+        arguments[_RETURN_STATE] = True
+        program = programs.convolved(_flat_call(call, arguments, [_STATE, *inputs]), span, stride, num_front)
+    axis = TimeAxis(2, result.shape[2])
+    return stream(name, program, tuple(inputs.values()), tuple(result.shape), result.dtype, axis)
+
+
+def _upsample_conv3d(step: Step) -> Node | None:
+    name, _, weight, bias, mode, time_padding, space_padding, time_pad, space_pad, mix_factor = step.args
+    (x,) = step.inputs
+    if not _has_frames(x):
+        return _by_sample(step)
+    axis = TimeAxis(2, step.result.shape[2])
+    if mode == "nearest_space":
+        if mix_factor is not None and weight.shape[2] > 1:
+            return None
+
+        def run(chunk: Tensor, weight: Tensor, bias: Any, mix_factor: Any, in_front: int, behind: int) -> Tensor:
+            padding = time_padding if in_front else "none"
+            return call(name, chunk, weight, bias, mode, padding, space_padding, in_front, space_pad, mix_factor)
+
+        program = programs.windows(run, [weight, bias, mix_factor], weight.shape[2], 1, time_pad, 0)
+        return step.node(program, axis)
+
+    shape = (*x.shape[:2], 2 * x.shape[2] - 1, *x.shape[3:])
+    upsampled = stream("upsample_time", programs.twice_the_frames(), (x,), shape, x.dtype, TimeAxis(2, shape[2]))
+    arguments = [
+        "causal_conv3d", None, weight, bias, [1, 1, 1], [1, 1, 1], 1, time_padding, space_padding, time_pad, space_pad,
+        None, "", None, None, 1, 1e-6, False, None, "", None, False, False,
+    ]  # fmt: skip
+    out = _convolution(name, arguments, {_X: upsampled}, step.result)
+    if mix_factor is None or out is None:
+        return out
+
+    def mix(upsampled: Tensor, out: Tensor, mix_factor: Tensor) -> Tensor:
+        share = torch.sigmoid(mix_factor)
+        return share * upsampled + (1 - share) * out
+
+    mixed = programs.each_chunk(_flat_call(mix, [None, None, mix_factor], [0, 1]))
+    return stream("mix", mixed, (upsampled, out), tuple(step.result.shape), step.result.dtype, axis)
+
+
+_RULES: dict[str, Callable[[Step], Node | list[Node] | None]] = {
+    "causal_conv3d": _causal_conv3d,
+    "upsample_conv3d": _upsample_conv3d,
+    "group_norm_silu": _group_norm_silu,
+    "rms_norm_silu": _rms_norm_silu,
+    **dict.fromkeys(("attention", "qk_norm_attention", "qk_norm_rope", "rms_norm", "modulate"), _by_sample),
+}

@@ -1,0 +1,178 @@
+"""Choosing how to run a model on a clip inside a memory budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from .clip import record
+from .graph import Node, nodes_of
+from .memory import Ledger, Prediction, RunOnPaper
+from .recording import recorded_for
+from .spill import Spill, SpillOnPaper
+from .strategies import Model, Strategy, Streaming, Whole
+from .streams import pull_chunks
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+# Frames of the clip at a time that are tried, from the fastest on; below one, part of what a frame becomes.
+_CHUNKS = (64, 32, 16, 8, 6, 4, 3, 2, 1, Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
+# Allocators round sizes up; code that libraries compile for a shape and keep, and pages of theirs that were not touched
+# before, were measured to take 0 to 9 MiB on the CPU.
+_ROUNDING = Fraction(101, 100)
+_LIBRARIES = 10 * 2**20
+# A file is written and read at a tenth of the speed of memory, a host's memory at a quarter.
+_COST_OF_SPILL = {"device": 0, "host": 8, "file": 20}
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """How a clip of `shape` is run. `str(plan)` explains it.
+
+    peak_bytes: most memory in use beyond clip and weights. relative_time: in units of the time that a run over the
+    whole clip is expected to take. spill_bytes: written to the spill altogether. remarks: where frames wait for each
+    other. passed_over: the plans that do not fit or take longer, with their peaks.
+    """
+
+    strategy: Strategy
+    shape: tuple[int, ...] = ()
+    budget: int | None = None
+    peak_bytes: int | None = None
+    relative_time: float | None = None
+    spill_bytes: int = 0
+    remarks: tuple[str, ...] = ()
+    passed_over: tuple[tuple[Strategy, int], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.strategy}{'' if self.strategy.is_exact else ' (not exact)'}"]
+        if self.peak_bytes is not None:
+            budget = "" if self.budget is None else f" of {show_bytes(self.budget)}"
+            lines.append(f"  memory: {show_bytes(self.peak_bytes)}{budget}, beyond the clip and the weights")
+        if self.relative_time is not None:
+            lines.append(f"  time: {self.relative_time:.2f} of a run over all frames at once")
+        if self.spill_bytes:
+            lines.append(f"  spill: {show_bytes(self.spill_bytes)} written altogether")
+        for strategy, peak in self.passed_over:
+            lines.append(f"  passed over: {strategy}: {show_bytes(peak)}")
+        lines += [f"  {remark}" for remark in self.remarks]
+        return "\n".join(lines)
+
+
+def plan_tiles(
+    decoder: Model,
+    shape: Sequence[int],
+    budget: int | str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    strategies: Sequence[Strategy] | None = None,
+) -> TilePlan:
+    """The most exact plan for a clip of `shape` that fits `budget`, the fastest among equals; nothing is computed.
+
+    shape: (B, C, T, H, W) of what the decoder (or encoder) takes. budget: bytes on `device`, or text like "10GiB",
+    beyond the clip and the weights, for the chunk that is handed out too, but not for what the caller keeps.
+    strategies: those to choose from; None: whole, and streaming with chunks of many sizes and each spill. One that has
+    a method predict(decoder, shape, dtype, device) -> Prediction can stand beside them.
+    Numbers: the prediction counts what the operators' plain PyTorch allocates, and the workspaces of the CPU's library.
+    Errors: ValueError for a shape that the decoder does not take, and for a budget below every plan's peak, with the
+    smallest that would do; TypeError for a decoder that cannot be recorded.
+    Source: none; the law is that a prediction is at least the peak that a fresh process measures, and close to it.
+    """
+    device, num_bytes = torch.device(device), parse_bytes(budget)
+    shape = tuple(shape)
+    recorded = recorded_for("plan_tiles", "shape", decoder, shape, dtype, device)
+    whole = _predict_whole(decoder, shape, dtype, device)
+    tried: list[tuple[Strategy, Prediction]] = []
+    for series in _candidates(shape, device) if strategies is None else [[strategy] for strategy in strategies]:
+        for strategy in series:  # the later, the slower and the smaller
+            is_whole = isinstance(strategy, Whole)
+            found = whole if is_whole else _predict(strategy, decoder, recorded, shape, dtype, device)
+            tried.append((strategy, found))
+            if found.peak_bytes <= num_bytes:
+                break
+        if strategies is None and found.peak_bytes <= num_bytes:
+            break
+    fitting = [pair for pair in tried if pair[1].peak_bytes <= num_bytes]
+    if not fitting:
+        least, needs = min(tried, key=lambda pair: pair[1].peak_bytes)
+        raise ValueError(
+            f"plan_tiles: budget must be at least {needs.peak_bytes} bytes ({show_bytes(needs.peak_bytes)}) for a clip "
+            f"of {shape}, which is what '{least}' takes, got {num_bytes} ({show_bytes(num_bytes)})"
+        )
+    chosen, found = min(fitting, key=lambda pair: (not pair[0].is_exact, pair[1].cost, pair[1].peak_bytes))
+    remarks = () if isinstance(chosen, Whole) else tuple(node.remark for node in nodes_of(recorded) if node.remark)
+    others = tuple((strategy, other.peak_bytes) for strategy, other in tried if strategy is not chosen)
+    return TilePlan(
+        chosen, shape, num_bytes, found.peak_bytes, found.cost / whole.cost, found.spill_bytes, remarks, others
+    )
+
+
+def parse_bytes(text: int | str) -> int:
+    """1500 or "1.5 GiB" in bytes."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        number = text
+    else:
+        digits, unit = re.fullmatch(r"\s*([\d.]*)\s*(.*?)\s*", str(text)).groups()
+        try:
+            number = int(float(digits) * _UNITS[unit or "B"])
+        except (ValueError, KeyError):
+            raise ValueError(
+                f"memory budget must be bytes or text like '10GiB', in {', '.join(_UNITS)}, got {text!r}"
+            ) from None
+    if number <= 0:
+        raise ValueError(f"memory budget must be above 0, got {text!r}")
+    return number
+
+
+def show_bytes(number: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} GiB"
+
+
+def _candidates(shape: tuple[int, ...], device: torch.device) -> list[list[Strategy]]:
+    """Series of ever smaller chunks, the fastest series first."""
+    spills = ("device", "file") if device.type == "cpu" else ("device", "host", "file")
+    chunks = [chunk for chunk in _CHUNKS if chunk < shape[2]]
+    return [[Whole()], *([Streaming(chunk, spill) for chunk in chunks] for spill in spills)]
+
+
+def _predict(
+    strategy: Any, model: Model, recorded: Node, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Prediction:
+    if isinstance(strategy, Streaming):
+        return _predict_streaming(strategy, recorded, shape, dtype, device)
+    return strategy.predict(model, shape, dtype, device)
+
+
+def _predict_whole(model: Model, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Prediction:
+    """What Python keeps alive while the model runs: the same variables hold the recorded clips."""
+    ledger = Ledger(device)
+    with ledger:
+        record(model, shape, dtype, device)
+    return Prediction(_with_margin(ledger.peak), 0, ledger.cost)
+
+
+def _predict_streaming(
+    strategy: Streaming, recorded: Node, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Prediction:
+    clip = torch.empty(shape, dtype=dtype, device="meta")
+    stays = strategy.spill == "device" or (strategy.spill == "host" and device.type == "cpu")
+    spill = Spill() if stays else SpillOnPaper()
+    ledger = Ledger(device)
+    share = strategy.share(shape[2])
+    with torch.no_grad(), ledger:
+        for chunk in pull_chunks(recorded, RunOnPaper(clip, share, ledger.constant, ledger, {}), spill):
+            del chunk
+    cost = ledger.cost + _COST_OF_SPILL[strategy.spill] * spill.num_bytes_written
+    return Prediction(_with_margin(ledger.peak), spill.num_bytes_written, cost)
+
+
+def _with_margin(peak: int) -> int:
+    return int(peak * _ROUNDING) + _LIBRARIES

@@ -1,0 +1,92 @@
+"""Plans: what is chosen, how it explains itself, and that the memory it predicts is what a fresh process measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from opensora_kernels.vae import Streaming, Whole, decode, gather, plan_tiles
+from opensora_kernels.vae.memory import Prediction
+from opensora_kernels.vae.plan import parse_bytes
+from tests.vae.memory import Case, is_met, measure_afresh
+from tests.vae.models import DECODERS, build
+
+SHAPE = (1, 4, 5, 64, 64)  # planning computes nothing: its time does not depend on height and width
+
+
+def test_a_large_budget_runs_the_clip_whole_and_a_small_one_streams_it():
+    model = build(DECODERS["wan"])
+    whole = plan_tiles(model, SHAPE, "1GiB", torch.float32)
+    assert isinstance(whole.strategy, Whole)
+    small = plan_tiles(model, SHAPE, whole.peak_bytes - 1, torch.float32)
+    assert isinstance(small.strategy, Streaming)
+    assert small.peak_bytes < whole.peak_bytes
+    assert small.relative_time > whole.relative_time == 1
+
+
+def test_decode_keeps_to_a_budget_and_gives_the_same_frames():
+    model = build(DECODERS["wan"])
+    z = torch.randn(2, 4, 5, 32, 24, generator=torch.Generator().manual_seed(0))
+    budget = int(0.7 * plan_tiles(model, tuple(z.shape), "1GiB", torch.float32).peak_bytes)
+    chunks = list(decode(model, z, memory_budget=budget))
+    assert len(chunks) > 1
+    assert torch.equal(gather(chunks), model(z))
+
+
+def test_a_plan_explains_itself():
+    model = build(DECODERS["open_sora"])
+    budget = int(0.7 * plan_tiles(model, SHAPE, "1GiB", torch.float32).peak_bytes)
+    shown = str(plan_tiles(model, SHAPE, budget, torch.float32))
+    assert shown.startswith("streaming: ")
+    for part in ("memory: ", "of a run over all frames at once", "passed over: whole", "statistics of all frames of"):
+        assert part in shown
+
+
+@dataclass(frozen=True)
+class Rough:
+    """A third strategy, as tiling is: fast, small, and not exact."""
+
+    is_exact = False
+
+    def run(self, model: object, x: Tensor) -> Iterator[Tensor]:
+        yield model(x)
+
+    def predict(self, model: object, shape: object, dtype: object, device: object) -> Prediction:
+        return Prediction(1000, 0, 1.0)
+
+
+def test_exact_plans_go_before_faster_ones():
+    model = build(DECODERS["wan"])
+    candidates = [Rough(), Whole(), Streaming(1)]
+    assert isinstance(plan_tiles(model, SHAPE, "1GiB", torch.float32, strategies=candidates).strategy, Whole)
+    assert isinstance(plan_tiles(model, SHAPE, 2000, torch.float32, strategies=candidates).strategy, Rough)
+
+
+def test_predictions_repeat():
+    model = build(DECODERS["plan"], torch.bfloat16)
+    first, second = (plan_tiles(model, SHAPE, "100MiB", torch.bfloat16) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [(5, 5), ("10GiB", 10 * 2**30), ("1.5 MiB", 3 * 2**19), ("2 GB", 2 * 10**9), ("7", 7)]
+)
+def test_budgets_are_read_as_written(text: object, number: int):
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("open_sora", (1, 4, 9, 64, 64), 1.0),
+        Case("plan", (1, 4, 9, 64, 64), 0.6, "bfloat16"),
+    ],
+    ids=lambda case: f"{case.model}-{case.dtype}",
+)
+def test_predicted_memory_is_what_a_fresh_process_measures(case: Case):
+    found = measure_afresh(case)
+    assert is_met(found), found

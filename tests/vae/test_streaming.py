@@ -1,0 +1,234 @@
+"""Streaming gives the frames of one run over the clip, with no more memory for a longer one, and leaves no files."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opensora_kernels.vae import Streaming, TilePlan, decode, encode, gather, plan_tiles
+from tests.ops.accuracy import assert_accurate
+from tests.vae.models import DECODERS, ENCODERS, PER_POSITION, build
+
+MODELS = {**DECODERS, **{f"{name}_encoder": kind for name, kind in ENCODERS.items()}}
+
+
+def clip(name: str, num_frames: int, dtype: torch.dtype = torch.float32, batch: int = 1, height: int = 4) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, 3 if name.endswith("encoder") else 4, num_frames, height, 6).to(dtype)
+
+
+def stream(model: nn.Module, x: Tensor, *arguments: object) -> list[Tensor]:
+    return list(decode(model, x, plan=TilePlan(Streaming(*arguments))))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=8)
+@given(
+    num_frames=st.integers(1, 7),
+    chunk_frames=st.sampled_from([Fraction(1, 2), 1, 2, 3, 9]),
+    spill=st.sampled_from(["device", "host", "file"]),
+    batch=st.integers(1, 2),
+)
+def test_streaming_equals_whole_for_any_chunking(name: str, num_frames: int, chunk_frames, spill: str, batch: int):
+    model, x = build(MODELS[name]), clip(name, num_frames, batch=batch)
+    with torch.no_grad():
+        whole = model(x)
+    streamed = gather(stream(model, x, chunk_frames, spill))
+    assert_accurate(streamed, whole, build(MODELS[name], torch.float64)(x.double()), name)
+    # With one sample PyTorch chooses between two kernels by the size of a chunk, which sum in different orders; and
+    # statistics of a clip are merged from those of its frames.
+    if batch > 1 and name.removesuffix("_encoder") in PER_POSITION:
+        assert torch.equal(streamed, whole)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_streaming_keeps_the_accuracy_rule_at_half_precision(name: str, dtype: torch.dtype):
+    model, x = build(MODELS[name], dtype), clip(name, 5, dtype)
+    with torch.no_grad():
+        whole = model(x)
+    # the same rounded weights, in fp64
+    truth = build(MODELS[name], torch.float64)
+    truth.load_state_dict(model.state_dict())
+    assert_accurate(gather(stream(model, x, 1)), whole, truth(x.double()), name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_size_of_chunks_changes_no_bit(name: str):
+    model, x = build(MODELS[name]), clip(name, 7, batch=2)
+    in_ones, in_threes = (gather(stream(model, x, chunk_frames)) for chunk_frames in (1, 3))
+    assert torch.equal(in_ones, in_threes)
+
+
+@pytest.mark.parametrize("name", ["wan", "open_sora"])
+def test_channels_last_clips_stream_too(name: str):
+    model, x = build(MODELS[name]), clip(name, 5, batch=2)
+    streamed = gather(stream(model, x.to(memory_format=torch.channels_last_3d), 2, "file"))
+    assert_accurate(streamed, model(x), build(MODELS[name], torch.float64)(x.double()), name)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes alive at once that were allocated while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.meet((args, kwargs), is_new=False)
+        outputs = func(*args, **(kwargs or {}))
+        self.meet(outputs, is_new=True)
+        self.peak = max(self.peak, self.live)
+        return outputs
+
+    def meet(self, tree: object, is_new: bool) -> None:
+        for storage in (leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)):
+            if storage._cdata not in self.known:
+                num_bytes = storage.nbytes() if is_new else 0
+                self.known.add(storage._cdata)
+                self.live += num_bytes
+                weakref.finalize(storage, self.forget, storage._cdata, num_bytes)
+
+    def forget(self, key: int, num_bytes: int) -> None:
+        self.known.discard(key)
+        self.live -= num_bytes
+
+
+def peak_of(model: nn.Module, x: Tensor, *arguments: object) -> int:
+    gc.collect()
+    chunks = decode(model, x, plan=TilePlan(Streaming(*arguments)))
+    with LiveBytes() as counted:
+        for chunk in chunks:
+            del chunk
+    return counted.peak
+
+
+@pytest.mark.parametrize("name", ["wan", "by_frame", "strides_encoder"])
+def test_memory_does_not_grow_with_length_where_norms_are_per_position(name: str):
+    model = build(MODELS[name])
+    short, long = (peak_of(model, clip(name, num_frames), 2) for num_frames in (9, 33))
+    assert long <= short
+
+
+def test_memory_without_what_the_spill_holds_hardly_grows_where_norms_look_at_the_clip():
+    model = build(MODELS["open_sora"])
+    short, long = (peak_of(model, clip("open_sora", frames, height=32), 1, "file") for frames in (5, 17))
+    in_memory = peak_of(model, clip("open_sora", 17, height=32), 1, "device")
+    assert long <= 1.1 * short  # statistics, 8 bytes for each frame and channel, stay
+    assert in_memory > 2 * long
+
+
+def test_no_frame_waits_for_a_later_one_where_norms_are_per_position():
+    seen = []
+    model = build(MODELS["wan"])
+    chunks = decode(model, clip("wan", 9), plan=TilePlan(Streaming(1)), progress=lambda *done: seen.append(done))
+    assert next(chunks).shape[2] == 1
+    assert seen == [(1, 33)]
+    assert sum(chunk.shape[2] for chunk in chunks) == 32
+    assert seen[-1] == (33, 33)
+
+
+def files_below(folder: Path) -> list[Path]:
+    return list(folder.rglob("*"))
+
+
+def test_spill_files_are_gone_at_the_end_and_when_the_consumer_stops_half_way(tmp_path: Path):
+    model, x = build(MODELS["open_sora"]), clip("open_sora", 5)
+    chunks = decode(model, x, plan=TilePlan(Streaming(1, "file", tmp_path)))
+    next(chunks)
+    assert files_below(tmp_path)
+    chunks.close()
+    assert not files_below(tmp_path)
+
+    for chunk in decode(model, x, plan=TilePlan(Streaming(1, "file", tmp_path)), progress=lambda *done: None):
+        assert files_below(tmp_path)
+        del chunk
+    assert not files_below(tmp_path)
+
+
+def test_spill_files_are_gone_after_an_error_in_the_model(tmp_path: Path):
+    model, x = build(MODELS["open_sora"]), clip("open_sora", 5)
+    chunks = decode(model, x, plan=TilePlan(Streaming(1, "file", tmp_path)))
+    model.vae.decoder.conv_out.conv.weight.data = torch.zeros(1)  # as a device error would, in the middle
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        next(chunks)
+    assert not files_below(tmp_path)
+
+
+def test_a_clip_is_freed_chunk_by_chunk_as_its_last_reader_passes(tmp_path: Path):
+    model, x = build(MODELS["open_sora"]), clip("open_sora", 17)
+    chunks = decode(model, x, plan=TilePlan(Streaming(1, "file", tmp_path)))
+    next(chunks)
+    at_first = sum(path.stat().st_size for path in files_below(tmp_path) if path.is_file())
+    for _ in range(13):
+        next(chunks)
+    assert sum(path.stat().st_size for path in files_below(tmp_path) if path.is_file()) < 0.5 * at_first
+
+
+def test_gather_fills_a_tensor_of_the_caller():
+    model, x = build(MODELS["wan"]), clip("wan", 5, batch=2)
+    out = torch.empty(2, 3, 17, 16, 24)
+    assert gather(decode(model, x, plan=TilePlan(Streaming(2))), out) is out
+    assert torch.equal(out, model(x))
+    with pytest.raises(ValueError, match="out must have as many frames as the chunks, 17, got 18"):
+        gather(decode(model, x), torch.empty(2, 3, 18, 16, 24))
+    with pytest.raises(ValueError, match="out must hold frames"):
+        gather(decode(model, x), torch.empty(2, 3, 16, 16, 24))
+
+
+def test_tensors_made_beside_the_clip_stay_what_they_are():
+    def model(x: Tensor) -> Tensor:
+        first = x.new_zeros(x.shape[0], x.shape[1], 1, *x.shape[3:])
+        return torch.cat([first, x + torch.ones_like(x)], 2) * x.new_full((1, 1, x.shape[2] + 1, 1, 1), 3.0)
+
+    x = clip("wan", 5)
+    streamed = stream(model, x, 2)
+    assert len(streamed) > 1
+    assert torch.equal(gather(streamed), model(x))
+
+
+def test_encoding_streams_like_decoding():
+    encoder, x = build(MODELS["strides_encoder"]), clip("strides_encoder", 9, batch=2)
+    assert torch.equal(gather(encode(encoder, x, plan=TilePlan(Streaming(4)))), encoder(x))
+
+
+def test_what_looks_across_frames_runs_on_the_whole_clip_and_is_named():
+    def model(x: Tensor) -> Tensor:
+        b, c, t, h, w = x.shape
+        tokens = x.permute(0, 3, 4, 2, 1).reshape(b * h * w, 1, t, c)
+        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens, is_causal=True)
+        return x + mixed.reshape(b, h, w, t, c).permute(0, 4, 3, 1, 2).cumsum(2).flip(3)
+
+    x = clip("wan", 6)
+    streamed = stream(model, x, 2)
+    assert [chunk.shape[2] for chunk in streamed] == [2, 2, 2]
+    assert_accurate(gather(streamed), model(x), model(x.double()), "attention")
+    plan = plan_tiles(model, tuple(x.shape), "1GiB", torch.float32, strategies=[Streaming(2)])
+    assert "attention (24, 1, 6, 4) looks across frames" in str(plan)
+    assert "cumsum" in str(plan)
+
+
+def test_a_model_that_steps_through_frames_by_itself_gives_the_same_frames():
+    conv = build(lambda: nn.Conv3d(4, 3, (2, 3, 3), padding=(0, 1, 1)))
+
+    def model(x: Tensor) -> Tensor:
+        frames, last = [], x[:, :, :1]
+        for frame in x.split(1, dim=2):
+            frames.append(conv(torch.cat([last, frame], 2)))
+            last = frame
+        return torch.cat(frames, 2)
+
+    x = clip("wan", 6)
+    assert torch.equal(gather(stream(model, x, 1)), model(x))

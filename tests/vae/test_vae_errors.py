@@ -1,0 +1,105 @@
+"""What decode, encode and plan_tiles refuse, and what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from opensora_kernels.vae import Streaming, TilePlan, Whole, decode, encode, plan_tiles
+from tests.vae.models import DECODERS, build
+
+STREAMING = TilePlan(Streaming(1))
+
+
+def only_odd_frames(z: Tensor) -> Tensor:
+    if z.shape[2] % 2 == 0:
+        raise ValueError(f"a clip has 2n + 1 frames, got {z.shape[2]}")
+    return z * 2
+
+
+@pytest.mark.parametrize("plan", [None, STREAMING], ids=["whole", "streaming"])
+def test_nan_and_other_bad_clips_are_refused_before_any_frame(plan: TilePlan | None):
+    model = build(DECODERS["wan"])
+    z = torch.randn(1, 4, 3, 4, 4)
+    z[0, 1, 2, 3, 0] = float("nan")
+    with pytest.raises(ValueError, match="decode: z must be finite, got NaN"):
+        decode(model, z, plan=plan)
+    with pytest.raises(ValueError, match=r"encode: x must have shape \(B, C, T, H, W\)"):
+        encode(model, torch.zeros(4, 3, 4, 4), plan=plan)
+    with pytest.raises(TypeError, match="decode: z must have a floating-point dtype"):
+        decode(model, torch.zeros(1, 4, 3, 4, 4, dtype=torch.int64), plan=plan)
+    with pytest.raises(ValueError, match="decode: z must have no empty axis"):
+        decode(model, torch.zeros(1, 4, 0, 4, 4), plan=plan)
+
+
+def test_a_wrong_number_of_channels_names_the_right_one():
+    with pytest.raises(ValueError, match=r"decode: z must have a shape that the model takes \(channels: 4\)"):
+        decode(build(DECODERS["open_sora"]), torch.zeros(1, 5, 3, 4, 4), plan=STREAMING)
+    with pytest.raises(ValueError, match=r"plan_tiles: shape must .* \(channels: 4\)"):
+        plan_tiles(build(DECODERS["wan"]), (1, 3, 3, 4, 4), "1GiB", torch.float32)
+
+
+def test_a_number_of_frames_that_the_model_refuses_names_valid_ones():
+    with pytest.raises(ValueError, match=r"\(frames near 4: 1, 3, 5, 7, 9, 11, 13\), got .*2n \+ 1 frames, got 4"):
+        decode(only_odd_frames, torch.zeros(1, 4, 4, 4, 4), plan=STREAMING)
+
+
+def test_a_budget_that_is_too_small_names_the_smallest_that_would_do():
+    model, shape = build(DECODERS["wan"]), (1, 4, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"plan_tiles: budget must be at least \d+ bytes") as refused:
+        plan_tiles(model, shape, 1000, torch.float32)
+    smallest = int(str(refused.value).split(" bytes")[0].rsplit(" ", 1)[1])
+    assert plan_tiles(model, shape, smallest, torch.float32).peak_bytes == smallest
+    for too_small in (1000, smallest - 1):
+        with pytest.raises(ValueError, match="budget must be at least"):
+            decode(model, torch.zeros(shape), memory_budget=too_small)
+
+
+@pytest.mark.parametrize("budget", ["10 parsecs", "", 0, -5, "GiB"])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(budget: object):
+    with pytest.raises(ValueError, match="memory budget must be"):
+        plan_tiles(only_odd_frames, (1, 4, 3, 4, 4), budget, torch.float32)
+
+
+def test_options_of_a_plan_are_checked():
+    with pytest.raises(ValueError, match="chunk_frames must be above 0, got 0"):
+        Streaming(0)
+    with pytest.raises(ValueError, match="spill must be one of device, host, file, got 'tape'"):
+        Streaming(1, "tape")
+    with pytest.raises(ValueError, match="memory_budget must be None where a plan is given"):
+        decode(only_odd_frames, torch.zeros(1, 4, 3, 4, 4), memory_budget="1GiB", plan=STREAMING)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast must be off"):
+        decode(only_odd_frames, torch.zeros(1, 4, 3, 4, 4), plan=STREAMING)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (lambda z: [z], "must return one tensor made from its argument, got list"),
+        (lambda z: torch.zeros(1), "must return one tensor made from its argument, got Tensor"),
+        (lambda z: z * z.max().item(), "cannot be recorded"),
+        (lambda z: z.clone().index_fill_(2, torch.tensor([0]), 0.0)[:, :, 1:].mul_(2), "writes into part of a clip"),
+        (lambda z: z[z > 0], "cannot be recorded"),
+    ],
+    ids=["list", "constant", "value", "view", "mask"],
+)
+def test_a_model_that_cannot_be_recorded_says_what_stands_in_the_way(model: object, says: str):
+    with pytest.raises(TypeError, match=says):
+        decode(model, torch.ones(1, 4, 3, 4, 4), plan=STREAMING)
+
+
+def test_a_view_of_what_was_changed_in_place_is_not_read_silently():
+    def model(z: Tensor) -> Tensor:
+        x = z * 2
+        view = x.transpose(3, 4)
+        x += 1
+        return view * 3
+
+    with pytest.raises(TypeError, match="reads a view of a clip that was changed in place"):
+        decode(model, torch.ones(1, 4, 3, 4, 4), plan=STREAMING)
+
+
+def test_whole_runs_models_that_cannot_be_recorded():
+    (result,) = decode(lambda z: z * z.max().item(), torch.ones(1, 4, 3, 4, 4), plan=TilePlan(Whole()))
+    assert torch.equal(result, torch.ones(1, 4, 3, 4, 4))
