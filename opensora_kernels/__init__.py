@@ -4,6 +4,7 @@ from typing import Any
 
 from ._version import __version__
 from .backends import BackendError, explain, use
+from .integrations import apply_opensora_kernels
 from .norms import Norm
 from .ops.attention import attention
 from .ops.blend_tiles import blend_tiles
@@ -25,6 +26,7 @@ __all__ = [
     "BackendError",
     "Norm",
     "__version__",
+    "apply_opensora_kernels",
     "attention",
     "blend_tiles",
     "causal_conv3d",

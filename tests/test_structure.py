@@ -42,8 +42,8 @@ OTHER_OP_PARTS = {f"{backend}.py" for backend in ("library", "cpu", "triton_kern
 ROOT_FILES_OF_A_REFERENCE = {"norms", "causal_padding", "modulation", "shards"}
 # Folders of opensora_kernels that join operators, which root files may not: they are exported like operators, but have
 # no backends of their own. sequence_parallel: attention between ranks is packing, an exchange and attention. vae:
-# models made of operators, run on clips of any length.
-KERNEL_ROOMS = {"sequence_parallel", "vae"}
+# models made of operators, run on clips of any length. integrations: operators inside other people's models.
+KERNEL_ROOMS = {"sequence_parallel", "vae", "integrations"}
 # Counts as a root file: what the Triton kernels of several operators share.
 ROOT_FOLDERS = {"_triton"}
 ONLY_ELSEWHERE = {"complex64", "complex128", "float64", "double", "cuda", "view_as_complex"}
@@ -161,6 +161,8 @@ def test_every_import_keeps_to_the_rules():
         ("opensora_kernels/vae/operators.py", "from opensora_kernels.ops.causal_conv3d import reference"),
         ("opensora_kernels/vae/operators.py", "from opensora.vae import VideoVAE"),
         ("opensora_kernels/registration.py", "from opensora_kernels.vae import decode"),
+        ("opensora_kernels/checks.py", "from opensora_kernels.integrations import apply_opensora_kernels"),
+        ("opensora_kernels/integrations/blocks.py", "from opensora_kernels.ops.rms_norm import reference"),
         ("opensora_kernels/ops/modulate/reference.py", "from opensora_kernels.checks import check_float"),
         ("opensora_kernels/ops/modulate/reference.py", "from opensora_kernels.ops.rms_norm import rms_norm"),
         ("opensora_kernels/ops/modulate/reference.py", "import einops"),

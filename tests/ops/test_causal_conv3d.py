@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora_kernels import Norm, causal_conv3d, group_norm_silu
+from opensora_kernels import Norm, causal_conv3d, group_norm_silu, use
+from opensora_kernels.ops.causal_conv3d import library
+from tests.ops.accuracy import assert_accurate
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -230,3 +232,38 @@ def test_autocast_accepts_fp32_weights():
     with torch.autocast("cpu", torch.bfloat16):
         out = causal_conv3d(x, weight)
     assert torch.equal(out, causal_conv3d(x, weight.bfloat16()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "norm",
+    [None, Norm("rms"), Norm("group", num_groups=2), Norm("group", num_groups=2, per_frame=True)],
+    ids=["none", "rms", "clip", "frame"],
+)
+@pytest.mark.parametrize(
+    ("kernel_t", "stride", "options"),
+    [
+        (3, 1, {"time_padding": "replicate", "space_padding": "replicate"}),
+        (3, 2, {"time_padding": "none"}),
+        (2, (2, 1, 1), {"time_pad": 1}),
+        (1, 1, {}),
+    ],
+)
+def test_steps_of_a_few_frames_give_the_whole_clip(
+    monkeypatch: pytest.MonkeyPatch, kernel_t: int, stride: Any, options: Any, norm: Norm | None, dtype: torch.dtype
+):
+    x = torch.randn(2, 4, 7, 6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = torch.randn(6, 4, kernel_t, 3, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    options = options | {"stride": stride, "norm": norm, "activation": "silu"}
+    options |= {"return_state": True, "return_statistics": True}
+    residual = torch.ones_like(causal_conv3d(x, weight, **options)[0])
+    results = []
+    for backend, size in (("reference", 0), ("library", 2 * x[:, :, 0].nbytes), ("library", 1)):
+        monkeypatch.setattr(library, "STEP_BYTES", size)
+        with torch.no_grad(), use(causal_conv3d=backend):
+            results.append(causal_conv3d(x, weight, residual=residual, **options))
+    with torch.no_grad(), use(causal_conv3d="reference"):
+        wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
+        truth = causal_conv3d(x.double(), weight.double(), residual=residual.double(), **wide)
+    for steps in results[1:]:
+        assert_accurate(steps, results[0], truth, "steps", coarsest=dtype)

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opensora_kernels import _triton
+from opensora_kernels import _triton, backends
+from opensora_kernels.backends import Implementation
 from opensora_kernels.causal_padding import (
     SpacePadding,
     TimePadding,
@@ -20,7 +21,7 @@ from opensora_kernels.checks import check_choice, check_float, check_same_device
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
 
-from . import reference, triton_forms
+from . import library, reference, triton_forms
 
 __all__ = ["causal_conv3d"]
 
@@ -146,5 +147,10 @@ register_op(
     reference.causal_conv3d,
     keeps=lambda *values: values[-1],  # the gradient of its statistics needs the result
     casts=("x", "weight", "bias", "state", "residual"),
+)
+backends.register(
+    "causal_conv3d",
+    "library",
+    Implementation(library.causal_conv3d, why_not=library.why_not, is_plain=True, why_slower=library.why_slower),
 )
 _triton.register("causal_conv3d", why_slower=triton_forms.why_slower)

@@ -43,14 +43,16 @@ def causal_conv3d(
         hidden = F.silu(hidden, inplace=hidden is not x and not torch.is_grad_enabled())
 
     padded, padding = pad_for_convolution(hidden, time_pad, space_pad, time_padding, space_padding, state)
+    states = []
+    if return_state:
+        num_results = (padded.shape[2] - dilation[0] * (weight.shape[2] - 1) - 1) // stride[0] + 1
+        states.append(frames_from(num_results * stride[0], x, hidden, time_pad, time_padding, state))
+    del hidden  # not held while the convolution makes its own copies
     out = like(x, F.conv3d(padded, weight, bias, stride, padding, dilation, groups))
     if residual is not None:
         out.add_(residual)
 
-    results = [out]
-    if return_state:
-        num_frames_read = out.shape[2] * stride[0]
-        results.append(frames_from(num_frames_read, x, hidden, time_pad, time_padding, state))
+    results = [out, *states]
     if return_statistics:
         results.append(frame_statistics(out))
     return results

@@ -1,0 +1,139 @@
+"""Patch other people's video models in place: walk over the modules, replace forwards, report every one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Any, Literal
+
+from torch import nn
+
+from opensora_kernels.checks import check_choice
+
+from .recipes import Recipe, disagreement, recipe_of
+from .report import Entry, Report, is_patched, replace_forward, set_attribute
+from .tails import tails_of
+
+Quality = Literal["lossless", "high"]
+
+
+def apply_opensora_kernels(model: nn.Module, *, quality: Quality = "lossless") -> Report:
+    """Make the causal convolutions, residual blocks and attention of a video model run on this package's operators.
+
+    Takes: a model of diffusers 0.42, such as `pipe.vae` or `pipe.transformer`, or anybody's module that is built like
+    one; it is changed in place. Parameters, state_dict, classes, caches, tiling and hooks stay as they are: only
+    forwards of single modules (and attention processors) are replaced, each after its result was compared with the
+    module's own on a small input. Modules that others have hooked into or replaced the forward of are left alone; hooks
+    that come later on a module that is part of a replaced one do not run.
+    quality: "lossless" rounds where the model rounds; "high" also fuses chains that round elsewhere: the norms of Wan's
+    queries and keys.
+    Returns a `Report` that names every module, what runs in its place or why it was left; `report.undo()` gives back
+    what was there before. A model that is patched already is not changed.
+    Errors: TypeError unless model is a torch.nn.Module, ValueError for another quality.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply_opensora_kernels: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_choice("apply_opensora_kernels", "quality", quality, Quality)
+    library = _transformers_of(model)
+    has_our_attention = library is not None and library.has_our_backend(model)
+    if any(is_patched(module) for module in model.modules()) or has_our_attention:
+        left = [Entry(*_named(name, module), reason="already patched") for name, module in model.named_modules()]
+        return Report(left, is_already_patched=True)
+
+    report, entries, verdicts = Report(), {}, {}
+    chosen: dict[str, Recipe] = {}
+    more = library.recipes(quality) if library else ()
+    for name, module in model.named_modules():
+        recipe = recipe_of(module, more)
+        if recipe is None:
+            continue
+        reason = _why_not(module, recipe, verdicts)
+        if reason is None:
+            chosen[name] = recipe
+            for part in recipe.parts:
+                entries[_join(name, part)] = ((f"part of {type(module).__name__}",), "")
+        if name not in entries or reason is None:
+            entries[name] = (recipe.operators, "") if reason is None else ((), reason)
+    modules = dict(model.named_modules())
+    for name, recipe in chosen.items():
+        replace_forward(report, modules[name], recipe.forward)
+    for name, forward, operator in tails_of(model, entries):
+        replace_forward(report, modules[name], forward)
+        entries[name] = ((operator,), "")
+    if library:
+        backend = library.register_attention_backend()
+        for name, processor in library.processors_of(model):
+            set_attribute(report, processor, "_attention_backend", backend)
+            entries.setdefault(name, (("attention",), ""))
+    for name, module in modules.items():
+        operators, reason = entries.get(name, ((), ""))
+        report.entries.append(Entry(*_named(name, module), operators, reason or _why_left(module, operators)))
+    return report
+
+
+def _transformers_of(model: nn.Module) -> ModuleType | None:
+    """What is known about diffusers' transformers, imported only for a model that has modules of diffusers' own."""
+    if not any(type(module).__module__.startswith("diffusers.models") for module in model.modules()):
+        return None
+    if importlib.util.find_spec("diffusers.models.attention_dispatch") is None:  # before diffusers 0.35
+        return None
+    return importlib.import_module(f"{__package__}.diffusers_transformers")
+
+
+def _why_not(module: nn.Module, recipe: Recipe, verdicts: dict[Any, str | None]) -> str | None:
+    reason = why_untouchable(module)
+    children = dict(module.named_modules()) if recipe.parts else {}
+    for name in recipe.parts:
+        if reason is None and name in children and why_untouchable(children[name]):
+            reason = f"{name}: {why_untouchable(children[name])}"
+    if reason is not None:
+        return reason
+    key = _likeness(module, recipe)
+    if key not in verdicts:
+        verdicts[key] = disagreement(recipe, module)
+    return verdicts[key]
+
+
+def why_untouchable(module: nn.Module) -> str | None:
+    if "forward" in module.__dict__:
+        return "somebody else has replaced its forward"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which would not run inside a fused chain"
+    return None
+
+
+def _likeness(module: nn.Module, recipe: Recipe) -> tuple[Any, ...]:
+    """Equal for modules that differ in the number of channels alone, of which one comparison speaks for all."""
+    parts = [(name, type(part)) for name, part in module.named_modules()]
+    weights = [(name, parameter.shape[2:], parameter.dtype) for name, parameter in module.named_parameters()]
+    settings = [
+        (name, attribute, value)
+        for name, part in module.named_modules()
+        for attribute, value in sorted(part.__dict__.items())
+        if isinstance(value, (bool, int, float, str, tuple, type(None)))
+        and not any(word in attribute for word in ("channels", "dim", "features", "scale"))
+    ]
+    return (id(recipe), repr(parts), repr(weights), repr(settings))
+
+
+def _why_left(module: nn.Module, operators: tuple[str, ...]) -> str:
+    if operators:
+        return ""
+    if isinstance(module, nn.Conv3d):
+        if module.kernel_size == (1, 1, 1):
+            return "1 x 1 x 1 convolution: one library call, nothing to fuse it with"
+        return "this 3-D convolution is not causal: it pads either end of the clip"
+    if any(True for _ in module.children()):
+        return "its own forward runs, with its parts as listed"
+    if any(True for _ in module.parameters(recurse=False)):
+        return "no operator of ours takes its place here"
+    return "it has no weights and moves or maps single elements"
+
+
+def _named(name: str, module: nn.Module) -> tuple[str, str]:
+    return name, type(module).__name__
+
+
+def _join(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part

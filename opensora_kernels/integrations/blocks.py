@@ -1,0 +1,279 @@
+"""Forwards of other people's residual blocks, each two chains of norm, SiLU, dropout and convolution with the residual
+added by the second convolution; and of the layers that resample between them.
+
+Axes: B batch, C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opensora_kernels.ops.causal_conv3d import causal_conv3d
+from opensora_kernels.ops.rms_norm import rms_norm
+from opensora_kernels.ops.upsample_conv3d import upsample_conv3d
+
+from . import convolutions
+from .convolutions import Run
+from .norms import apply_norm, norm_of
+
+
+def _chain(
+    run: Run,
+    conv: nn.Module,
+    x: Tensor,
+    norm: nn.Module | None,
+    cache: Any = None,
+    *,
+    dropout: nn.Module | None = None,
+    residual: Tensor | None = None,
+    per_frame: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """conv(dropout(silu(norm(x)))) + residual and the convolution's next cache; `norm` None: x has been normalised."""
+    found = None if norm is None else norm_of(norm)
+    if found is not None and per_frame is not None:
+        found = replace(found, per_frame=per_frame)
+    if dropout is not None and dropout.training and dropout.p > 0:  # stands between the norm and the convolution
+        hidden = F.silu(x) if found is None else apply_norm(found, x, "silu")
+        return run(conv, dropout(hidden), cache, residual=residual, **options)
+    return run(conv, x, cache, norm=found, activation="silu", residual=residual, **options)
+
+
+def forward_plain(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    """HunyuanVideo, HunyuanVideo 1.5, the Hunyuan image refiner, MiniMax-H3."""
+    has_wrappers = hasattr(self.conv1, "conv")
+    run = convolutions.run_causal_padding if has_wrappers else convolutions.run_zeros_in_front
+    residual = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
+    hidden, _ = _chain(run, self.conv1, hidden_states, self.norm1)
+    return _chain(run, self.conv2, hidden, self.norm2, dropout=getattr(self, "dropout", None), residual=residual)[0]
+
+
+def forward_feature_list(
+    self: nn.Module, x: Tensor, feat_cache: list[Any] | None = None, feat_idx: list[int] | None = None
+) -> Tensor:
+    """Wan, Qwen-Image: `feat_cache[feat_idx[0]]` holds a convolution's earlier frames."""
+    run = convolutions.run_padding_tuple
+    residual = self.conv_shortcut(x)
+    for norm, dropout, conv, added in (
+        (self.norm1, None, self.conv1, None),
+        (self.norm2, self.dropout, self.conv2, residual),
+    ):
+        if feat_cache is None:
+            x, _ = _chain(run, conv, x, norm, dropout=dropout, residual=added)
+            continue
+        index = feat_idx[0]
+        x, feat_cache[index] = _chain(run, conv, x, norm, feat_cache[index], dropout=dropout, residual=added)
+        feat_idx[0] += 1
+    return x
+
+
+def forward_returned_cache(
+    self: nn.Module,
+    inputs: Tensor,
+    temb: Tensor | None = None,
+    zq: Tensor | None = None,
+    conv_cache: dict[str, Any] | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """CogVideoX: caches go in and come out by name; with a latent `zq`, norms are modulated by it."""
+    run, earlier, caches = convolutions.run_returned_cache, conv_cache or {}, {}
+
+    def normed(name: str, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+        norm = getattr(self, name)
+        if zq is None:
+            return x, norm
+        x, caches[name] = norm(x, zq, conv_cache=earlier.get(name))
+        return x, None
+
+    hidden, caches["conv1"] = _chain(run, self.conv1, *normed("norm1", inputs), earlier.get("conv1"))
+    if temb is not None:
+        hidden = hidden + self.temb_proj(self.nonlinearity(temb))[:, :, None, None, None]
+    hidden, norm2 = normed("norm2", hidden)
+    if self.in_channels != self.out_channels:
+        if self.use_conv_shortcut:
+            inputs, caches["conv_shortcut"] = self.conv_shortcut(inputs, conv_cache=earlier.get("conv_shortcut"))
+        else:
+            inputs = self.conv_shortcut(inputs)
+    hidden, caches["conv2"] = _chain(
+        run, self.conv2, hidden, norm2, earlier.get("conv2"), dropout=self.dropout, residual=inputs
+    )
+    return hidden, caches
+
+
+def forward_returned_cache_mochi(
+    self: nn.Module, inputs: Tensor, conv_cache: dict[str, Any] | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    run, earlier, caches = convolutions.run_returned_cache, conv_cache or {}, {}
+    hidden, caches["conv1"] = _chain(run, self.conv1, inputs, self.norm1, earlier.get("conv1"))
+    hidden, caches["conv2"] = _chain(run, self.conv2, hidden, self.norm2, earlier.get("conv2"), residual=inputs)
+    return hidden, caches
+
+
+def forward_pairs(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Cosmos: each convolution is one in space and one in time."""
+    run = convolutions.run_temporal_pad
+    residual = self.conv_shortcut(hidden_states)
+    hidden, _ = _chain(run, self.conv1.conv_s, hidden_states, self.norm1)
+    hidden, _ = run(self.conv1.conv_t, hidden, None)
+    hidden, _ = _chain(run, self.conv2.conv_s, hidden, self.norm2, dropout=self.dropout)
+    return run(self.conv2.conv_t, hidden, None, residual=residual)[0]
+
+
+def forward_previous_features(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    """EasyAnimate (Magvit): the block says whether its norms look at frames alone."""
+    run, per_frame = convolutions.run_previous_features, self.spatial_group_norm
+    shortcut = self.shortcut(hidden_states)
+    hidden, _ = _chain(run, self.conv1, hidden_states, self.norm1, per_frame=per_frame)
+    hidden, _ = _chain(
+        run, self.conv2, hidden, self.norm2, dropout=self.dropout, residual=shortcut, per_frame=per_frame
+    )
+    return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
+
+
+def forward_changed_dict(
+    self: nn.Module, x: Tensor, temb: Tensor | None, layer_cache: dict[str, Any], zq: Tensor | None = None
+) -> Tensor:
+    """KVAE: a dictionary of caches that the call changes; with a latent `zq`, norms are modulated by it."""
+    run = convolutions.run_changed_dict
+
+    def normed(name: str, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+        norm, cache = getattr(self, name), layer_cache[name]
+        if zq is not None:
+            return norm(x, zq, cache=cache), None
+        if cache.get("mean") is None and cache.get("var") is None:  # as its GroupNorm marks that it has seen a chunk
+            cache["mean"] = cache["var"] = 1
+        return x, norm
+
+    hidden, _ = _chain(run, self.conv1, *normed("norm1", x), layer_cache["conv1"])
+    if temb is not None:
+        hidden = hidden + self.temb_proj(F.silu(temb))[:, :, None, None, None]
+    hidden, norm2 = normed("norm2", hidden)
+    if self.in_channels != self.out_channels:
+        if self.use_conv_shortcut:
+            x = self.conv_shortcut(x, cache=layer_cache["conv_shortcut"])
+        else:
+            x = self.nin_shortcut(x)
+    return _chain(run, self.conv2, hidden, norm2, layer_cache["conv2"], residual=x)[0]
+
+
+def forward_changed_dict_kandinsky(
+    self: nn.Module, hidden_states: Tensor, cache: dict[str, Any], zq: Tensor | None = None
+) -> Tensor:
+    run, residual = convolutions.run_changed_dict, hidden_states
+    if self.in_channels != self.out_channels:
+        residual = self.nin_shortcut(hidden_states)
+
+    def normed(name: str, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+        norm = getattr(self, name)
+        return (x, norm) if zq is None else (norm(x, zq, cache[name]), None)
+
+    hidden, _ = _chain(run, self.conv1, *normed("norm1", hidden_states), cache["conv1"])
+    return _chain(run, self.conv2, *normed("norm2", hidden), cache["conv2"], residual=residual)[0]
+
+
+def forward_modulated(
+    self: nn.Module,
+    inputs: Tensor,
+    temb: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    causal: bool | None = None,
+) -> Tensor:
+    """LTX, LTX-2: noise after a convolution, and shift and scale between norm and SiLU, where the block has them."""
+    run, options = convolutions.run_either_side, {"is_causal": causal}
+    has_noise, has_table = self.per_channel_scale1 is not None, self.scale_shift_table is not None
+    residual = inputs
+    if self.norm3 is not None:
+        residual = self.norm3(inputs.movedim(1, -1)).movedim(-1, 1)
+    if self.conv_shortcut is not None:
+        takes_causal = causal is not None and not isinstance(self.conv_shortcut, nn.Conv3d)
+        residual = self.conv_shortcut(residual, causal) if takes_causal else self.conv_shortcut(residual)
+    if has_table:
+        table = temb.unflatten(1, (4, -1)) + self.scale_shift_table[None, ..., None, None, None]
+        shift_1, scale_1, shift_2, scale_2 = table.unbind(dim=1)
+
+    hidden = _rms_norm_channels(self.norm1, inputs)
+    if has_table:
+        hidden = hidden * (1 + scale_1) + shift_1
+    hidden, _ = _chain(run, self.conv1, hidden, None, **options)
+    if has_noise:
+        hidden = hidden + _noise(hidden, self.per_channel_scale1, generator)
+    hidden = _rms_norm_channels(self.norm2, hidden)
+    if has_table:
+        hidden = hidden * (1 + scale_2) + shift_2
+    if not has_noise:
+        return _chain(run, self.conv2, hidden, None, dropout=self.dropout, residual=residual, **options)[0]
+    hidden, _ = _chain(run, self.conv2, hidden, None, dropout=self.dropout, **options)
+    return hidden + _noise(hidden, self.per_channel_scale2, generator) + residual
+
+
+def _rms_norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
+    """LTX normalises the last axis, with eps inside the mean; LTX-2 brings a norm for axis 1 that rounds on the way."""
+    if hasattr(norm, "channel_dim"):
+        return norm(x)
+    return rms_norm(x.movedim(1, -1), norm.weight, eps=norm.eps).movedim(-1, 1)
+
+
+def _noise(hidden: Tensor, scale: Tensor, generator: torch.Generator | None) -> Tensor:
+    noise = torch.randn(hidden.shape[-2:], generator=generator, device=hidden.device, dtype=hidden.dtype)[None]
+    return (noise * scale)[None, :, None, ...]
+
+
+def forward_first_chunk(self: nn.Module, x: Tensor, temb: Tensor | None) -> Tensor:
+    """VidTok's blocks in space and time; their LayerNorm runs as it is."""
+    run = convolutions.run_first_chunk
+    hidden, _ = _chain(run, self.conv1, self.norm1(x), None)
+    if temb is not None:
+        hidden = hidden + self.temb_proj(self.nonlinearity(temb))[:, :, None, None]
+    if self.in_channels != self.out_channels:
+        x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
+    return _chain(run, self.conv2, self.norm2(hidden), None, dropout=self.dropout, residual=x)[0]
+
+
+def forward_temporal_layer(self: nn.Module, hidden_states: Tensor, batch_size: int) -> Tensor:
+    """Allegro: four convolutions over frames that look both ways; GroupNorm sees the repeated first and last frame."""
+    x = hidden_states.unflatten(0, (batch_size, -1)).permute(0, 2, 1, 3, 4)
+    if self.down_sample:
+        identity = x[:, :, ::2]
+    elif self.up_sample:
+        identity = x.repeat_interleave(2, dim=2, output_size=x.shape[2] * 2)
+    else:
+        identity = x
+    is_padded = not (self.down_sample or self.up_sample)
+    x = _convolve_sequence(self.conv1, _repeat_ends(x) if is_padded else x)
+    if self.up_sample:
+        x = x.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+    for sequence, residual in ((self.conv2, None), (self.conv3, None), (self.conv4, identity)):
+        x = _convolve_sequence(sequence, _repeat_ends(x), residual)
+    return x.permute(0, 2, 1, 3, 4).flatten(0, 1)
+
+
+def _repeat_ends(x: Tensor) -> Tensor:
+    return torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
+
+
+def _convolve_sequence(sequence: nn.Sequential, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def run(conv: nn.Conv3d, x: Tensor, cache: None, **fused: Any) -> tuple[Tensor, None]:
+        return convolutions.convolve(conv, x, time_padding="none", **fused), None
+
+    norm, *_, conv = sequence
+    dropout = sequence[2] if len(sequence) == 4 else None
+    return _chain(run, conv, x, norm, dropout=dropout, residual=residual)[0]
+
+
+def upsample_frames(self: nn.Sequential, x: Tensor) -> Tensor:
+    """Twice the rows and columns of frames (B, C, H, W), then a 3 x 3 convolution."""
+    conv = self[1]
+    return upsample_conv3d(x.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias, time_padding="none").squeeze(2)
+
+
+def downsample_frames(self: nn.Sequential, x: Tensor) -> Tensor:
+    """Zeros on the right and at the bottom of frames (B, C, H, W), then a 3 x 3 convolution of stride 2."""
+    conv = self[1]
+    return causal_conv3d(
+        x.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias, stride=(1, 2, 2), time_padding="none",
+        space_pad=(0, 1, 0, 1),
+    ).squeeze(2)  # fmt: skip

@@ -1,0 +1,388 @@
+"""Which forward takes the place of which module: recognised by its attributes, confirmed by running both.
+
+Attributes say what a module might be. What it is, its own forward says: `disagreement` runs it and the replacement on
+the same small input, from one chunk to the next where there is a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import blocks, convolutions
+from .norms import norm_of
+
+Forward = Callable[..., Any]
+Rehearsal = Callable[[nn.Module, Forward, Tensor], list[Tensor]]
+
+# Of the result's scale. fp32 rounds to 1e-7 from layer to layer, as do fp64 models with norms in fp32, bf16 to 4e-3;
+# another padding or norm is a good part of the scale away.
+_FINE_TOLERANCE, _COARSE_TOLERANCE = 1e-4, 0.05
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """operators: what the forward runs. rehearse: calls a forward of the module as its owner does and returns every
+    result. parts: children whose own forward is not called any more. shape: of the input, (B, C or 0, T, H, W), where 0
+    is the channels that the first convolution reads."""
+
+    matches: Callable[[nn.Module], bool]
+    forward: Forward
+    operators: tuple[str, ...]
+    rehearse: Rehearsal
+    parts: tuple[str, ...] = ()
+    shape: tuple[int, ...] = (1, 0, 3, 6, 6)
+
+
+def recipe_of(module: nn.Module, more: tuple[Recipe, ...] = ()) -> Recipe | None:
+    """The first recipe whose attributes `module` has, of those for convolutions and of `more`."""
+    return next((recipe for recipe in (*RECIPES, *more) if recipe.matches(module)), None)
+
+
+def disagreement(recipe: Recipe, module: nn.Module) -> str | None:
+    """How the recipe's results differ from the module's own, as a sentence; None if they agree."""
+    weight = _first_weight(module)
+    if weight.is_meta:
+        return "its weights are on the meta device, so that it can't be compared with ours"
+    shape = [size or _num_channels(module, weight) for size in recipe.shape]
+    # its own generator: the model's random numbers stay as they would be
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    try:
+        with _as_it_was(module), torch.no_grad():
+            module.eval()
+            expected = recipe.rehearse(module, module.forward, x)
+        with _as_it_was(module), torch.no_grad():
+            module.eval()
+            found = recipe.rehearse(module, lambda *args, **options: recipe.forward(module, *args, **options), x)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return f"it is not built like what it resembles: on a small input {type(error).__name__}: {error}"
+    tolerance = _FINE_TOLERANCE if weight.dtype in (torch.float32, torch.float64) else _COARSE_TOLERANCE
+    for theirs, ours in zip(expected, found, strict=True):
+        if theirs.shape != ours.shape:
+            return f"ours gives the shape {tuple(ours.shape)} for a small input, its own forward {tuple(theirs.shape)}"
+        error, scale = (theirs.double() - ours.double()).abs().max().item(), theirs.double().abs().max().item()
+        if not error <= tolerance * scale:
+            return f"ours differs by {error:.2g} from its own forward on a small input of scale {scale:.2g}"
+    return None
+
+
+@contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Modules keep frames, flags and caches in their own dictionaries."""
+    kept = [(part, dict(part.__dict__)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes in kept:
+            part.__dict__.clear()
+            part.__dict__.update(attributes)
+
+
+def _first_weight(module: nn.Module) -> Tensor:
+    """Of a convolution if there is one, else of a linear layer."""
+    parameters = list(module.parameters())
+    kernels = [parameter for parameter in parameters if parameter.dim() >= 4]
+    return kernels[0] if kernels else next(parameter for parameter in parameters if parameter.dim() == 2)
+
+
+def _num_channels(module: nn.Module, weight: Tensor) -> int:
+    for name in ("conv1", "conv"):
+        inner = getattr(module, name, None)
+        if isinstance(inner, nn.Module) and weight.dim() >= 4:
+            return _num_channels(inner, _first_weight(inner))
+    return weight.shape[1] * getattr(module, "groups", 1)
+
+
+def _once(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    return [forward(x)]
+
+
+def _twice(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    """Modules that keep frames themselves."""
+    first = forward(x)
+    for part in module.modules():
+        if hasattr(part, "is_first_chunk"):
+            part.is_first_chunk = False
+    return [first, forward(x.flip(2))]
+
+
+def _with_cache_argument(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    return [forward(x), forward(x, x[:, :, :1]), forward(x, x[:, :, -2:])]
+
+
+def _with_returned_cache(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    out, cache = forward(x)
+    return [out, forward(x.flip(2), conv_cache=cache)[0]]
+
+
+def _with_changed_dict(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    cache = {"padding": None}
+    return [forward(x, cache), forward(x.flip(2)[:, :, :2], cache)]
+
+
+def _with_either(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    return [forward(x, causal=True), forward(x, causal=False)]
+
+
+def _with_feature_list(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    cache: list[Any] = [None] * 3
+    return [forward(x), forward(x[:, :, :1], cache, [0]), forward(x, cache, [0]), forward(x, cache, [0])]
+
+
+def _with_latent_and_returned_cache(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    options = {}
+    if hasattr(module.norm1, "conv_y"):
+        options["zq"] = x[:, :1].expand(-1, module.norm1.conv_y.conv.in_channels, -1, -1, -1)
+    out, cache = forward(x, None, **options)
+    return [out, forward(x.flip(2), None, **options, conv_cache=cache)[0]]
+
+
+def _with_layer_cache(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    def norm_cache() -> dict[str, Any]:
+        return {"mean": None, "var": None, "norm": {}, "add_conv": {"padding": None}}
+
+    options = {}
+    if hasattr(module.norm1, "conv_y"):
+        options["zq"] = x[:, :1].expand(-1, module.norm1.conv_y.in_channels, -1, -1, -1)
+    cache = {name: {"padding": None} for name in ("conv1", "conv2", "conv_shortcut")}
+    cache |= {"norm1": norm_cache(), "norm2": norm_cache()}
+    return [forward(x, None, cache, **options), forward(x.flip(2), None, cache, **options)]
+
+
+def _with_own_cache(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    options, cache = {}, module.make_cache()
+    if hasattr(module.norm1, "conv_y"):
+        options["zq"] = x[:, :1].expand(-1, module.norm1.conv_y.in_channels, -1, -1, -1)
+    return [forward(x, cache, **options), forward(x.flip(2), cache, **options)]
+
+
+def _with_embedding(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    def options() -> dict[str, Any]:
+        found: dict[str, Any] = {"generator": torch.Generator(x.device).manual_seed(0)}
+        if module.scale_shift_table is not None:
+            found["temb"] = x[:, :1, :1, :1, :1].expand(-1, module.scale_shift_table.numel(), -1, -1, -1)
+        return found
+
+    if hasattr(module.conv1, "is_causal"):
+        return [forward(x, **options())]
+    return [forward(x, **options(), causal=True), forward(x, **options(), causal=False)]
+
+
+def _with_embedding_of_none(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    return _twice(module, lambda x: forward(x, None), x)
+
+
+def _of_frames(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    return [forward(x[0].transpose(0, 1))]
+
+
+def _of_one_video(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    return [forward(x[0].transpose(0, 1), batch_size=1)]
+
+
+def _has(module: Any, *names: str) -> bool:
+    return isinstance(module, nn.Module) and all(hasattr(module, name) for name in names)
+
+
+def _wraps(module: nn.Module, *names: str) -> bool:
+    return _has(module, "conv", *names) and isinstance(module.conv, nn.Conv3d)
+
+
+def _is_conv3d(module: nn.Module, *names: str) -> bool:
+    return isinstance(module, nn.Conv3d) and _has(module, *names)
+
+
+def _pads_causally(module: nn.Module) -> bool:
+    """A border that F.pad gives to all sides and frames at once, with nothing left to the convolution."""
+    return (
+        _wraps(module, "time_causal_padding", "pad_mode")
+        and not _has(module, "time_kernel_size")
+        and module.pad_mode in ("replicate", "constant")
+        and not any(module.conv.padding)
+    )
+
+
+def _returns_cache(module: nn.Module) -> bool:
+    if not _wraps(module, "time_causal_padding", "pad_mode", "time_kernel_size"):
+        return False
+    conv = module.conv
+    return conv.dilation[0] == 1 and (conv.stride[0] == 1 or module.pad_mode == "replicate")
+
+
+def _takes_either_side(module: nn.Module) -> bool:
+    return _wraps(module, "kernel_size") and isinstance(module.kernel_size, tuple) and module.conv.dilation[0] == 1
+
+
+def _changes_dict(module: nn.Module) -> bool:
+    return _wraps(module, "time_pad", "height_pad", "width_pad", "time_kernel_size")
+
+
+def _pads_frames_only(module: nn.Module) -> bool:
+    """A border around each frame is what there is to fuse; patch embeddings have none."""
+    return isinstance(module, nn.Conv3d) and module.kernel_size[0] == 1 and any(module.padding)
+
+
+def _is_block(module: nn.Module, convolution: Callable[[nn.Module], bool], *names: str) -> bool:
+    if not _has(module, "norm1", "norm2", "conv1", "conv2", *names):
+        return False
+    activation = getattr(module, "nonlinearity", None)
+    if activation is not None and type(activation) is not nn.SiLU:
+        return False
+    return convolution(module.conv1) and convolution(module.conv2)
+
+
+def _normed(module: nn.Module) -> bool:
+    return norm_of(module.norm1) is not None and norm_of(module.norm2) is not None
+
+
+def _normed_or_modulated(module: nn.Module) -> bool:
+    return _normed(module) or (_has(module.norm1, "conv_y") and _has(module.norm2, "conv_y"))
+
+
+def _is_space_and_time(module: nn.Module) -> bool:
+    return all(_is_conv3d(getattr(module, name, None), "temporal_pad", "spatial_pad") for name in ("conv_s", "conv_t"))
+
+
+def _is_wan(module: nn.Module) -> bool:
+    return _is_conv3d(module, "_padding") and len(module._padding) == 6
+
+
+def _is_minimax(module: nn.Module) -> bool:
+    return _is_conv3d(module, "spatial_padding", "temporal_padding", "spatial_padding_mode")
+
+
+def _is_magvit(module: nn.Module) -> bool:
+    return _is_conv3d(module, "prev_features", "temporal_padding", "t_stride") and module.temporal_padding > 1
+
+
+def _is_vidtok(module: nn.Module) -> bool:
+    return _wraps(module, "is_first_chunk", "causal_cache", "cache_offset", "time_pad", "spatial_padding")
+
+
+def _is_ltx_norm(module: nn.Module) -> bool:
+    is_last_axis = _has(module, "eps", "dim", "weight", "bias") and module.bias is None
+    return is_last_axis or _has(module, "channel_dim")
+
+
+def _is_temporal_layer(module: nn.Module) -> bool:
+    if not _has(module, "down_sample", "up_sample", "conv1", "conv2", "conv3", "conv4"):
+        return False
+    sequences = (module.conv1, module.conv2, module.conv3, module.conv4)
+    return all(
+        isinstance(sequence, nn.Sequential)
+        and [type(part) for part in sequence if not isinstance(part, nn.Dropout)] == [nn.GroupNorm, nn.SiLU, nn.Conv3d]
+        for sequence in sequences
+    )
+
+
+def _is_upsampling(module: nn.Module) -> bool:
+    if not (isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.Upsample)):
+        return False
+    up, conv = module
+    is_nearest = up.mode.startswith("nearest") and up.scale_factor in (2.0, (2.0, 2.0))
+    return is_nearest and _is_plain_conv2d(conv, stride=1, padding=1)
+
+
+def _is_downsampling(module: nn.Module) -> bool:
+    if not (isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.ZeroPad2d)):
+        return False
+    return tuple(module[0].padding) == (0, 1, 0, 1) and _is_plain_conv2d(module[1], stride=2, padding=0)
+
+
+def _is_plain_conv2d(conv: nn.Module, stride: int, padding: int) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (3, 3)
+        and conv.stride == (stride, stride)
+        and conv.padding == (padding, padding)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+_CHAIN = ("causal_conv3d(norm, silu)", "causal_conv3d(norm, silu, residual)")
+_MODULATED = ("causal_conv3d(silu)", "causal_conv3d(silu, residual)")
+_NORMS = ("norm1", "norm2", "nonlinearity")
+_SEQUENCES = tuple(f"conv{number}{part}" for number in (1, 2, 3, 4) for part in ("", ".0", ".1", ".2", ".3"))
+
+RECIPES = (
+    Recipe(
+        lambda m: (
+            (_is_block(m, _pads_causally, "conv_shortcut") or _is_block(m, _is_minimax, "conv_shortcut")) and _normed(m)
+        ),
+        blocks.forward_plain, _CHAIN, _once, _NORMS,
+    ),
+    Recipe(
+        lambda m: _is_block(m, _is_wan, "conv_shortcut", "dropout") and _normed(m),
+        blocks.forward_feature_list, _CHAIN, _with_feature_list, _NORMS,
+    ),
+    Recipe(
+        lambda m: _is_block(m, _returns_cache, "spatial_norm_dim", "dropout") and _normed_or_modulated(m),
+        blocks.forward_returned_cache, _CHAIN, _with_latent_and_returned_cache, _NORMS,
+    ),
+    Recipe(
+        lambda m: _is_block(m, _returns_cache) and not hasattr(m, "dropout") and _normed(m),
+        blocks.forward_returned_cache_mochi, _CHAIN, _with_returned_cache, _NORMS,
+    ),
+    Recipe(
+        lambda m: _is_block(m, _is_space_and_time, "conv_shortcut", "dropout") and _normed(m),
+        blocks.forward_pairs, _CHAIN, _once, (*_NORMS, "conv1", "conv2"),
+    ),
+    Recipe(
+        lambda m: _is_block(m, _is_magvit, "shortcut", "spatial_group_norm", "dropout") and _normed(m),
+        blocks.forward_previous_features, _CHAIN, _twice, _NORMS,
+    ),
+    Recipe(
+        lambda m: (
+            _is_block(m, _changes_dict, "use_conv_shortcut")
+            and not hasattr(m, "make_cache")
+            and _normed_or_modulated(m)
+        ),
+        blocks.forward_changed_dict, _CHAIN, _with_layer_cache, _NORMS,
+    ),
+    Recipe(
+        lambda m: _is_block(m, _changes_dict, "make_cache") and _normed_or_modulated(m),
+        blocks.forward_changed_dict_kandinsky, _CHAIN, _with_own_cache, _NORMS,
+    ),
+    Recipe(
+        lambda m: (
+            _is_block(m, _takes_either_side, "norm3", "scale_shift_table", "dropout")
+            and _is_ltx_norm(m.norm1)
+            and _is_ltx_norm(m.norm2)
+        ),
+        blocks.forward_modulated, ("rms_norm", *_MODULATED), _with_embedding, _NORMS,
+    ),
+    Recipe(
+        lambda m: _is_block(m, _is_vidtok, "use_conv_shortcut", "dropout"),
+        blocks.forward_first_chunk, _MODULATED, _with_embedding_of_none, ("nonlinearity",),
+    ),
+    Recipe(_is_temporal_layer, blocks.forward_temporal_layer, _CHAIN, _of_one_video, _SEQUENCES, (1, 0, 4, 4, 4)),
+    Recipe(_is_upsampling, blocks.upsample_frames, ("upsample_conv3d",), _of_frames, ("0", "1")),
+    Recipe(_is_downsampling, blocks.downsample_frames, ("causal_conv3d",), _of_frames, ("0", "1")),
+    Recipe(_is_wan, convolutions.forward_padding_tuple, ("causal_conv3d",), _with_cache_argument),
+    Recipe(_is_minimax, convolutions.forward_zeros_in_front, ("causal_conv3d",), _once),
+    Recipe(_is_magvit, convolutions.forward_previous_features, ("causal_conv3d",), _twice),
+    Recipe(
+        lambda m: _is_conv3d(m, "temporal_pad", "spatial_pad", "pad_mode"),
+        convolutions.forward_temporal_pad, ("causal_conv3d",), _once,
+    ),
+    Recipe(_pads_causally, convolutions.forward_causal_padding, ("causal_conv3d",), _once, ("conv",)),
+    Recipe(_returns_cache, convolutions.forward_returned_cache, ("causal_conv3d",), _with_returned_cache, ("conv",)),
+    Recipe(_is_vidtok, convolutions.forward_first_chunk, ("causal_conv3d",), _twice, ("conv",)),
+    Recipe(
+        lambda m: _takes_either_side(m) and hasattr(m, "is_causal"),
+        convolutions.forward_either_side, ("causal_conv3d",), _once, ("conv",),
+    ),
+    Recipe(
+        lambda m: _takes_either_side(m) and not hasattr(m, "is_causal"),
+        convolutions.forward_either_side_by_argument, ("causal_conv3d",), _with_either, ("conv",),
+    ),
+    Recipe(_changes_dict, convolutions.forward_changed_dict, ("causal_conv3d",), _with_changed_dict, ("conv",)),
+    Recipe(_pads_frames_only, convolutions.forward_frames, ("causal_conv3d",), _once),
+)  # fmt: skip
