@@ -32,6 +32,7 @@ _JOINTS = {
     "sampler": {*_BELOW, "sampling"},
     "trainer": {*_BELOW, "sampler"},
     "vae_trainer": {*_BELOW},
+    "reconstruction": {"checkpoints", "config", "config_files", "vae", "video"},
 }
 ROOMS: dict[str, set[str]] = _BELOW | _JOINTS | {"cli": {*_BELOW, *_JOINTS}, "__main__": {"cli"}, "__init__": set()}
 # The data set of the embedded model writes video as well as reading it.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "sample": ("opensora.cli.sample", "make images and videos from text"),
+    "reconstruct": ("opensora.cli.reconstruct", "encode and decode a video, and measure what is lost"),
     "train": ("opensora.cli.train", "train a diffusion transformer"),
     "train-vae": ("opensora.cli.train_vae", "train a video VAE"),
     "pack": ("opensora.cli.pack", "make a small model folder of finished training runs"),

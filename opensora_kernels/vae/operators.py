@@ -42,7 +42,7 @@ def statistics(x: Node) -> Node:
     """Mean and squared deviations of every frame of x (B, C, T, H, W), which must all be there first."""
     shape = (*x.shape[:3], 2)
     wide = torch.promote_types(x.dtype, torch.float32)
-    remark = f"statistics of all frames of {x.name} {x.shape}: they wait in the spill"
+    remark = "a norm looks at all frames, which wait in the spill"
     return Node("statistics", programs.statistics(), (x,), shape, wide, None, (True,), remark)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -56,9 +57,11 @@ class TilePlan:
             lines.append(f"  time: {self.relative_time:.2f} of a run over all frames at once")
         if self.spill_bytes:
             lines.append(f"  spill: {show_bytes(self.spill_bytes)} written altogether")
-        for strategy, peak in self.passed_over:
-            lines.append(f"  passed over: {strategy}: {show_bytes(peak)}")
-        lines += [f"  {remark}" for remark in self.remarks]
+        least = {
+            _kind(strategy): (strategy, peak) for strategy, peak in sorted(self.passed_over, key=lambda each: -each[1])
+        }
+        lines += [f"  passed over: {strategy}: {show_bytes(peak)} at least" for strategy, peak in least.values()]
+        lines += [f"  {count} x {remark}" for remark, count in Counter(self.remarks).items()]
         return "\n".join(lines)
 
 
@@ -134,6 +137,10 @@ def show_bytes(number: int) -> str:
             return f"{number:.4g} {unit}"
         number /= 1024
     return f"{number:.4g} GiB"
+
+
+def _kind(strategy: Strategy) -> tuple[str, ...]:
+    return type(strategy).__name__, getattr(strategy, "spill", "")
 
 
 def _candidates(shape: tuple[int, ...], device: torch.device) -> list[list[Strategy]]:

@@ -121,7 +121,9 @@ def group_norm(step: Step) -> Node | None:
     if axis.dim == 0:
 
         def function(x: Tensor, weight: Any, bias: Any, samples: int, *others: Any) -> Tensor:
-            return aten.native_group_norm(x, weight, bias, x.shape[0], *others)[0]
+            *_, num_groups, eps = others
+            # not native_group_norm, which wants dense memory: a chunk may be a view of some frames
+            return torch.group_norm(x, num_groups, weight, bias, eps)
 
         return step.each_chunk(axis, function)
     if axis.dim == 2 and len(step.inputs[0].shape) == 5:

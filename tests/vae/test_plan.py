@@ -42,7 +42,7 @@ def test_a_plan_explains_itself():
     budget = int(0.7 * plan_tiles(model, SHAPE, "1GiB", torch.float32).peak_bytes)
     shown = str(plan_tiles(model, SHAPE, budget, torch.float32))
     assert shown.startswith("streaming: ")
-    for part in ("memory: ", "of a run over all frames at once", "passed over: whole", "statistics of all frames of"):
+    for part in ("memory: ", "of a run over all frames at once", "passed over: whole", "a norm looks at all frames"):
         assert part in shown
 
 

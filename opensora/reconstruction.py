@@ -1,0 +1,161 @@
+"""A clip through a VAE and back, with whatever VAE a folder holds.
+
+Axes: B batch, C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from opensora.checkpoints import load_model, resolve
+from opensora.config import CausalVideoVAEConfig, VideoVAEConfig
+from opensora.config_files import ConfigError
+from opensora.vae import CausalVideoVAE, VAETiling, VideoVAE
+from opensora.video import to_uint8
+from opensora_kernels import apply_opensora_kernels
+from opensora_kernels.vae import Streaming, TilePlan, Whole, decode, encode, gather, plan_tiles
+
+Strategy = Literal["whole", "tiled", "streaming"]
+
+
+@dataclass(frozen=True)
+class AnyVAE:
+    """What reconstruction needs of a VAE. encode(x) and decode(z, num_frames) keep nothing between calls.
+
+    space_factor, time_factor: pixels and frames of one latent. has_odd_clips: it takes 1 + n * time_factor frames only.
+    tile: switches the VAE's own tiling on; None if it has none.
+    """
+
+    module: nn.Module
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor, int], Tensor]
+    space_factor: int
+    time_factor: int
+    has_odd_clips: bool
+    tile: Callable[[], Any] | None
+
+    def valid_length(self, num_frames: int) -> int:
+        """The longest clip of at most `num_frames` frames that it takes."""
+        return num_frames - (num_frames - 1) % self.time_factor if self.has_odd_clips else num_frames
+
+    def size_below(self, height: int, width: int) -> tuple[int, int]:
+        """The largest size of whole latents, at least one."""
+        factor = self.space_factor
+        return max(factor, height // factor * factor), max(factor, width // factor * factor)
+
+
+def load_any_vae(source: str | Path, *, dtype: torch.dtype, device: torch.device) -> AnyVAE:
+    """The VAE in a folder, or with a hub id: Open-Sora 1.2's, Open-Sora-Plan's, or any causal video VAE of diffusers,
+    which gets this project's operators. Errors: ConfigError for a config.json of another kind; see `load_model`."""
+    location = resolve(source)
+    file = location / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"vae: {source} must be a folder with a config.json")
+    content = json.loads(file.read_text())
+    kind = content.get("config_type") or content.get("_class_name") or content.get("model_type") or ""
+    if kind == "VideoVAEConfig" or "vae_2d" in content:
+        return _open_sora(load_model(location, VideoVAE, VideoVAEConfig, dtype=dtype, device=device))
+    if kind in ("CausalVideoVAEConfig", "CausalVAEModel"):
+        return _open_sora_plan(load_model(location, CausalVideoVAE, CausalVideoVAEConfig, dtype=dtype, device=device))
+    if kind.startswith("Autoencoder"):
+        return _of_diffusers(kind, location, dtype, device)
+    raise ConfigError(
+        f"vae: config.json of {source} must be of VideoVAEConfig, CausalVideoVAEConfig, CausalVAEModel or a class "
+        f"Autoencoder... of diffusers, got {kind or 'none of them'}"
+    )
+
+
+def encode_clip(vae: AnyVAE, x: Tensor, strategy: Strategy | None, budget: str | None) -> tuple[Tensor, TilePlan]:
+    """Latents of x (1, 3, T, H, W), and how they were made."""
+    plan = choose(vae, vae.encode, x, strategy, budget, chunk_frames=vae.time_factor)
+    return gather(encode(vae.encode, x, plan=plan)), plan
+
+
+def decode_clip(
+    vae: AnyVAE, z: Tensor, num_frames: int, strategy: Strategy | None, budget: str | None
+) -> tuple[Iterator[Tensor], TilePlan]:
+    """Frames of z, uint8 (T, 3, H, W), chunk by chunk as they are asked for, and how they are made."""
+
+    def run(z: Tensor) -> Tensor:
+        return vae.decode(z, num_frames)
+
+    plan = choose(vae, run, z, strategy, budget, chunk_frames=1)
+    return (to_uint8(chunk[0]) for chunk in decode(run, z, plan=plan)), plan
+
+
+def choose(
+    vae: AnyVAE,
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    strategy: Strategy | None,
+    budget: str | None,
+    *,
+    chunk_frames: int,
+) -> TilePlan:
+    """The plan that was asked for, or with a budget the one that fits. Errors: ValueError for both, for tiles that the
+    VAE does not have, and for a budget that is too small."""
+    if strategy is not None and strategy not in get_args(Strategy):
+        raise ValueError(f"strategy: must be one of {', '.join(get_args(Strategy))}, got {strategy!r}")
+    if budget is not None:
+        if strategy is not None:
+            raise ValueError(f"strategy: must not be given beside a memory budget, which chooses it, got {strategy!r}")
+        return plan_tiles(run, tuple(x.shape), budget, x.dtype, x.device)
+    if strategy == "streaming":
+        return TilePlan(Streaming(chunk_frames, spill="device" if x.device.type == "cpu" else "host"))
+    if strategy == "tiled":
+        if vae.tile is None:
+            raise ValueError("strategy: tiled is not there in this VAE, which runs its clips in short parts anyway")
+        vae.tile()
+    return TilePlan(Whole())
+
+
+def _open_sora(vae: VideoVAE) -> AnyVAE:
+    def encode_mean(x: Tensor) -> Tensor:
+        return vae.encode(x, sample_posterior=False)
+
+    return AnyVAE(vae, encode_mean, vae.decode, vae.spatial_vae.factor, vae.temporal_vae.time_factor, False, None)
+
+
+def _open_sora_plan(vae: CausalVideoVAE) -> AnyVAE:
+    def encode_mean(x: Tensor) -> Tensor:
+        return vae.encode(x, sample_posterior=False)
+
+    def tile() -> None:
+        vae.tiling = VAETiling()
+
+    return AnyVAE(vae, encode_mean, vae.decode, vae.space_factor, vae.time_factor, True, tile)
+
+
+def _of_diffusers(kind: str, location: Path, dtype: torch.dtype, device: torch.device) -> AnyVAE:
+    import diffusers
+
+    if not hasattr(diffusers, kind):
+        raise ConfigError(f"vae: diffusers {diffusers.__version__} has no {kind}")
+    vae = getattr(diffusers, kind).from_pretrained(location, torch_dtype=dtype).to(device).eval()
+    apply_opensora_kernels(vae)
+    space, time = (_factor(vae, name, default) for name, default in (("spatial", 8), ("temporal", 4)))
+    return AnyVAE(
+        vae,
+        lambda x: vae.encode(x).latent_dist.mode(),
+        lambda z, num_frames: vae.decode(z).sample,
+        space,
+        time,
+        True,
+        getattr(vae, "enable_tiling", None),
+    )
+
+
+def _factor(vae: Any, axis: str, default: int) -> int:
+    """Frames or pixels of one latent, under one of the names that diffusers' VAEs have for it."""
+    for name in (f"{axis}_compression_ratio", f"vae_scale_factor_{axis}", f"scale_factor_{axis}"):
+        value = getattr(vae, name, None) or vae.config.get(name)
+        if isinstance(value, int):
+            return value
+    return default

@@ -1,0 +1,120 @@
+"""`opensora reconstruct` with each kind of VAE and each way to run it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensora.checkpoints import save_model
+from opensora.cli import main
+from opensora.data.reading import probe, read_frames
+from opensora.metrics import psnr
+from opensora.presets import open_sora_plan_v1_1
+from opensora.reconstruction import load_any_vae
+from opensora.vae import CausalVideoVAE, VideoVAE
+from opensora.video import write_mp4
+from tests.tiny_models import VAE
+
+KINDS = ("open_sora", "open_sora_plan", "diffusers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video, and a VAE of each kind with random weights."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("reconstruction")
+    from diffusers import AutoencoderKLWan
+
+    save_model(folder / "open_sora", VideoVAE(VAE), VAE)
+    config = replace(open_sora_plan_v1_1.vae(), hidden_size=32)
+    save_model(folder / "open_sora_plan", CausalVideoVAE(config), config)
+    wan = AutoencoderKLWan(base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    wan.save_pretrained(folder / "diffusers")
+    frames = torch.randint(0, 256, (12, 3, 40, 36), dtype=torch.uint8)
+    write_mp4(folder / "clip.mp4", frames, fps=8)
+    return folder
+
+
+def reconstruct(folder: Path, kind: str, output: Path, *options: str) -> int:
+    return main(["reconstruct", str(folder / "clip.mp4"), str(output), "--vae", str(folder / kind), *options])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_video_goes_through_each_vae_the_same_whichever_way(kind: str, folder: Path, tmp_path: Path, capsys):
+    ways = {"whole": ["--strategy", "whole"], "streaming": ["--strategy", "streaming"], "budget": ["--memory", "1GiB"]}
+    if kind != "open_sora":
+        ways["tiled"] = ["--strategy", "tiled"]  # one tile: no seam, the same frames
+    for name, options in ways.items():
+        assert reconstruct(folder, kind, tmp_path / f"{name}.mp4", *options) == 0
+    printed = capsys.readouterr().out
+    info = probe(tmp_path / "whole.mp4")
+    assert (info.num_frames, info.fps) == (12 if kind == "open_sora" else 9, 8.0)
+    assert (info.height, info.width) == ((40, 36) if kind == "open_sora" else (40, 32))
+    whole = read_frames(tmp_path / "whole.mp4")
+    for name in ways:
+        assert psnr(whole, read_frames(tmp_path / f"{name}.mp4")).min() > 45  # at most a level here and there
+    scores = re.findall(r"PSNR +([\d.]+) dB\nSSIM +([-\d.]+)", printed)
+    assert len(scores) == len(ways)
+    assert len({score for score, _ in scores}) == 1
+    assert "LPIPS" in printed
+    assert "peak memory" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-frames", "7"], "num_frames: must be from 1 to 12 of 4 n + 1"),
+        (["--num-frames", "13"], "num_frames: must be from 1 to 12"),
+        (["--image-size", "20", "32"], "image_size: must be multiples of 8"),
+        (["--memory", "1MiB"], "budget must be at least"),
+        (["--memory", "much"], "got 'much'"),
+        (["--memory", "1GiB", "--strategy", "whole"], "strategy: must not be given beside a memory budget"),
+        (["--strategy", "guess"], "got 'guess'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_leaves_no_file(options, message, folder: Path, tmp_path: Path, capsys):
+    assert reconstruct(folder, "open_sora_plan", tmp_path / "out.mp4", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_tiles_are_refused_where_the_vae_has_none(folder: Path, tmp_path: Path, capsys):
+    assert reconstruct(folder, "open_sora", tmp_path / "out.mp4", "--strategy", "tiled") == 2
+    assert "strategy: tiled is not there" in capsys.readouterr().err
+
+
+def test_other_folders_are_refused(tmp_path: Path, folder: Path, capsys):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet"}')
+    assert main(["reconstruct", str(folder / "clip.mp4"), str(tmp_path / "out.mp4"), "--vae", str(tmp_path)]) == 2
+    assert "got UNet" in capsys.readouterr().err
+    assert main(["reconstruct", str(folder / "clip.mp4"), str(tmp_path / "out.gif")]) == 2
+    assert "must end in .mp4" in capsys.readouterr().err
+
+
+def test_half_a_decode_leaves_no_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from opensora import reconstruction
+
+    def stopped(vae, z, num_frames, *ways):
+        chunks, plan = real(vae, z, num_frames, *ways)
+
+        def some():
+            yield next(chunks)
+            raise KeyboardInterrupt
+
+        return some(), plan
+
+    real = reconstruction.decode_clip
+    monkeypatch.setattr(reconstruction, "decode_clip", stopped)
+    assert reconstruct(folder, "open_sora", tmp_path / "out.mp4", "--strategy", "streaming") == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vae_of_diffusers_gets_our_operators(folder: Path):
+    vae = load_any_vae(folder / "diffusers", dtype=torch.float32, device=torch.device("cpu"))
+    assert (vae.space_factor, vae.time_factor) == (8, 4)
+    assert any("forward" in module.__dict__ for module in vae.module.modules())
