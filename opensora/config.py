@@ -174,7 +174,8 @@ class SampleConfig:
     """What to generate. `num_frames` is frames ("51") or seconds ("4s"); `save_fps` None is fps // frame_interval.
 
     `condition_frame_length` counts latent frames: the overlap of a loop with the one before. `text_dtype` is that of
-    the text encoder, `dtype` that of the others.
+    the text encoder, `dtype` that of the others. `vae_memory` ("10GiB"): what decoding may take beyond latents and
+    weights; None decodes all frames at once.
     """
 
     num_frames: str = "51"
@@ -197,6 +198,7 @@ class SampleConfig:
     seed: int = 42
     dtype: Precision = "bf16"
     text_dtype: Precision = "fp32"
+    vae_memory: str | None = None
     device: str = "auto"
 
 

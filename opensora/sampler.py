@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from opensora.schedulers.rectified_flow import RectifiedFlow
 from opensora.text.t5 import TextEncoder
 from opensora.vae import VideoVAE
 from opensora.video import to_uint8, write_video
+from opensora_kernels.vae import TilePlan, decode, gather, plan_tiles
 
 TEXTS_AT_ONCE = 8
 
@@ -56,7 +58,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class Plan:
-    """Checked work: every request, the size of a clip in pixels and latents, and how far loops overlap in frames."""
+    """Checked work: every request, the size of a clip in pixels and latents, how far loops overlap in frames, and how
+    a batch is decoded (None: at once)."""
 
     requests: tuple[Request, ...]
     config: SampleConfig
@@ -64,6 +67,7 @@ class Plan:
     size: ClipSize
     latent_size: tuple[int, int, int]
     overlap: int
+    decoding: TilePlan | None = None
 
     @property
     def num_clips(self) -> int:
@@ -176,7 +180,14 @@ class Sampler:
                 f"latents would be {latent_size[1]} x {latent_size[2]}"
             )
         overlap = self._loop_overlap(config, latent_size[0]) if config.loop > 1 else 0
-        plan = Plan(tuple(requests), config, RectifiedFlow(flow or self.flow), size, latent_size, overlap)
+        decoding = None
+        if config.vae_memory is not None:
+            batch = min(config.batch_size, len(requests) * config.num_sample)
+            shape = (batch, self.vae.latent_channels, *latent_size)
+            run = partial(self.vae.decode, num_frames=size.num_frames)
+            decoding = plan_tiles(run, shape, config.vae_memory, self.dtype, self.device)
+        flow = RectifiedFlow(flow or self.flow)
+        plan = Plan(tuple(requests), config, flow, size, latent_size, overlap, decoding)
         plan.flow.sampling_timesteps(1, self._arguments(plan, 1))  # some lengths have no timesteps: says so now
         for index, request in enumerate(requests):
             try:
@@ -255,7 +266,8 @@ class Sampler:
                     plan, z, mask, [texts[request.texts[loop]] for request in requests], texts, noise, report
                 )
             with meter.stage("decode"):
-                videos = self.vae.decode(z.to(self.dtype), plan.size.num_frames)
+                run = partial(self.vae.decode, num_frames=plan.size.num_frames)
+                videos = gather(decode(run, z.to(self.dtype), plan=plan.decoding))
                 report.done("decode")
             for b, video in enumerate(videos):
                 parts[b].append(video[:, plan.overlap if loop else 0 :].float().cpu())

@@ -247,3 +247,23 @@ def test_importing_the_sampler_touches_no_device_and_prints_nothing():
     root = str(Path(__file__).parents[1])
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert answer.stdout == answer.stderr == ""
+
+
+def test_a_budget_for_decoding_changes_how_but_not_what(sampler):
+    config = replace(SAMPLE, num_frames="34")
+    whole = one(sampler.sample("a red circle moving left", config, seed=3))
+    plan = sampler.plan(["a red circle moving left"], replace(config, vae_memory="1GiB"))
+    assert str(plan.decoding).startswith("whole")
+    least = next(plan for budget in range(11, 200) if (plan := _fits(sampler, config, f"{budget}MiB")))
+    assert str(least.decoding).startswith("streaming")
+    streamed = one(sampler.sample("a red circle moving left", least.config, seed=3))
+    assert (whole.frames.int() - streamed.frames.int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="budget must be at least"):
+        sampler.plan(["a red circle moving left"], replace(config, vae_memory="1KiB"))
+
+
+def _fits(sampler, config: SampleConfig, budget: str):
+    try:
+        return sampler.plan(["a red circle moving left"], replace(config, vae_memory=budget))
+    except ValueError:
+        return None

@@ -93,6 +93,8 @@ def _parser(preset: Preset) -> Parser:
     add("--seed", type=int, default=sample.seed, help="of the first clip; clip n takes seed + n")
     add("--dtype", type=Precision, default=sample.dtype)
     add("--text-dtype", type=Precision, default=sample.text_dtype)
+    memory = 'what decoding may take beyond latents and weights, as "10GiB"; default: all frames at once'
+    add("--vae-memory", type=OrNone(str), default=sample.vae_memory, help=memory)
     add("--device", type=str, default=sample.device, help="auto, cpu, cuda, npu, ...")
 
     add("-o", "--output", type=str, help="file for a single clip: .mp4, .gif, or .png for an image")
