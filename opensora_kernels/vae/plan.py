@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
+
+from opensora_kernels.backends import use
 
 from .clip import record
 from .graph import Node, nodes_of
@@ -161,7 +164,7 @@ def _predict(
 def _predict_whole(model: Model, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Prediction:
     """What Python keeps alive while the model runs: the same variables hold the recorded clips."""
     ledger = Ledger(device)
-    with ledger:
+    with ledger, _backends_of(device):
         record(model, shape, dtype, device)
     return Prediction(_with_margin(ledger.peak), 0, ledger.cost)
 
@@ -174,11 +177,16 @@ def _predict_streaming(
     spill = Spill() if stays else SpillOnPaper()
     ledger = Ledger(device)
     share = strategy.share(shape[2])
-    with torch.no_grad(), ledger:
+    with torch.no_grad(), ledger, _backends_of(device):
         for chunk in pull_chunks(recorded, RunOnPaper(clip, share, ledger.constant, ledger, {}), spill):
             del chunk
     cost = ledger.cost + _COST_OF_SPILL[strategy.spill] * spill.num_bytes_written
     return Prediction(_with_margin(ledger.peak), spill.num_bytes_written, cost)
+
+
+def _backends_of(device: torch.device) -> AbstractContextManager[Any]:
+    """Meta tensors choose as CPU tensors do; for other devices plain PyTorch is an upper bound."""
+    return nullcontext() if device.type == "cpu" else use("reference")
 
 
 def _with_margin(peak: int) -> int:

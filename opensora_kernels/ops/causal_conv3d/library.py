@@ -54,7 +54,7 @@ def causal_conv3d(*values: Any) -> list[Tensor]:
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Any, stride: list[int], dilation: list[int], *others: Any) -> str | None:
-    if x.device.type != "cpu":
+    if x.device.type not in ("cpu", "meta"):  # on meta tensors memory is planned
         return f"it is made for the CPU's convolution, got tensors on {x.device.type}"
     if stride[0] > dilation[0] * (weight.shape[2] - 1) + 1:
         return "a stride that skips frames leaves no state from step to step"
