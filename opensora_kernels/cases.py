@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+# Beyond as many, normal numbers repeat: a thread draws 120 million in a second, and the large cases hold 41 billion.
+# A prime number, so that no two rows of a tensor begin alike until as many rows have gone by.
+DRAWN_ANEW = 1_048_573
 
 
 @dataclass
@@ -26,9 +31,12 @@ class Maker:
 
     def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers of `dtype` (the maker's unless given), rounded to bf16 so that every dtype holds them exactly
-        and compares against the same truth."""
-        drawn = torch.randn(shape, generator=self._generator).mul_(std).add_(mean)
-        return drawn.to(torch.bfloat16).to(self.device, dtype or self.dtype)
+        and compares against the same truth. Of more than DRAWN_ANEW, the first as many are repeated."""
+        num_elements = math.prod(shape)
+        drawn_shape = shape if num_elements <= DRAWN_ANEW else (DRAWN_ANEW,)
+        drawn = torch.randn(drawn_shape, generator=self._generator).mul_(std).add_(mean)
+        drawn = drawn.to(torch.bfloat16).to(self.device, dtype or self.dtype)
+        return drawn if num_elements <= DRAWN_ANEW else _repeated(drawn, shape)
 
     def mask(self, *shape: int, probability: float = 0.5) -> Tensor:
         """Booleans, True with `probability`."""
@@ -37,6 +45,15 @@ class Maker:
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Whole numbers in [low, high)."""
         return torch.randint(low, high, shape, generator=self._generator).to(self.device)
+
+
+def _repeated(block: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(*shape), filled with `block` (N,) from its beginning, again and again, on the block's device."""
+    out = block.new_empty(shape)
+    flat, whole = out.view(-1), out.numel() // len(block) * len(block)
+    flat[:whole].view(-1, len(block)).copy_(block)
+    flat[whole:].copy_(block[: len(flat) - whole])
+    return out
 
 
 @dataclass(frozen=True)

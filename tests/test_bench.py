@@ -25,9 +25,9 @@ from opensora_kernels.ops.rms_norm import reference
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SECONDS", 0.0)
     monkeypatch.setattr(measure, "MIN_RUNS", 2)
-    monkeypatch.setattr(measure, "FLUSHED_BYTES", {"cpu": 1 << 16})
-    monkeypatch.setattr(measure, "COPIED_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr(measure, "FLUSHED_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
+    monkeypatch.setattr(measure, "COPIED_BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
+    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 64, "cuda": 64})
 
 
 @pytest.fixture

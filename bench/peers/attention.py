@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .registry import Arguments, first_reason, half_only, holding, peer, refuses
+from .registry import Arguments, bf16_only, first_reason, half_only, holding, peer, refuses
 
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -84,11 +84,23 @@ def _flash_attention(arguments: Arguments) -> Callable[[], Any]:
 def _flash_attention_3(arguments: Arguments) -> Callable[[], Any]:
     from flash_attn_interface import flash_attn_func
 
+    return _bound_flash_attention_3(flash_attn_func, arguments)
+
+
+@peer("attention", "fa3-fwd", "flash-attn 3 forward", first_reason(_NO_LENGTHS, bf16_only), has_gradient=False)
+def _flash_attention_3_forward(arguments: Arguments) -> Callable[[], Any]:
+    """The wheel of PyPI, built without backward pass and without fp16."""
+    from fa3_fwd_interface import flash_attn_func
+
+    return _bound_flash_attention_3(flash_attn_func, arguments)
+
+
+def _bound_flash_attention_3(function: Callable[..., Any], arguments: Arguments) -> Callable[[], Tensor]:
     tensors, shape = _flat(arguments), arguments["q"].shape
 
     def run() -> Tensor:
-        out = flash_attn_func(*tensors, softmax_scale=arguments.get("scale"))
-        return (out[0] if isinstance(out, tuple) else out).view(shape)
+        out = function(*tensors, softmax_scale=arguments.get("scale"))
+        return (out[0] if isinstance(out, tuple) else out).view(shape)  # releases differ in whether sums come along
 
     return run
 

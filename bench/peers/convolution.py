@@ -109,7 +109,7 @@ def _not_a_torch_chain(arguments: Arguments) -> str | None:
 
 _CHAIN = first_reason(*_SAME_SHAPE, _not_a_torch_chain)
 peer("causal_conv3d", "torch", "F.pad, F.conv3d", _CHAIN)(partial(_pad_and_convolve, channels_last=False))
-peer("causal_conv3d", "torch", "the same, channels last", _CHAIN)(partial(_pad_and_convolve, channels_last=True))
+peer("causal_conv3d", "torch", "F.conv3d channels last", _CHAIN)(partial(_pad_and_convolve, channels_last=True))
 
 
 def _with_convolution(

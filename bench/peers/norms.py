@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -57,13 +57,16 @@ def _not_cudnn(arguments: Arguments) -> str | None:
 
 @peer("rms_norm", "cudnn", "cuDNN frontend", first_reason(_needs_weight, _not_cudnn), has_gradient=False)
 def _cudnn_rms_norm(arguments: Arguments) -> Callable[[], Any]:
-    """Its own graph API, inference phase; scale and epsilon are tensors of one row there."""
+    """Its own graph API, inference phase; scale and epsilon are tensors of one row there. It runs on the stream of a
+    handle, which follows PyTorch's, so that a CUDA graph holds it."""
     import cudnn
 
     x, weight = arguments["x"].flatten(0, -2)[..., None, None], arguments["weight"][None, :, None, None]
     out, eps = torch.empty_like(x), torch.full((1, 1, 1, 1), _eps(arguments), dtype=torch.float32)
     kind = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF", torch.float32: "FLOAT"}[x.dtype]
+    handle = _cudnn_handle(x.device)
     graph = cudnn.pygraph(
+        handle=handle,
         io_data_type=getattr(cudnn.data_type, kind),
         intermediate_data_type=cudnn.data_type.FLOAT,
         compute_data_type=cudnn.data_type.FLOAT,
@@ -79,10 +82,19 @@ def _cudnn_rms_norm(arguments: Arguments) -> Callable[[], Any]:
     shape = arguments["x"].shape
 
     def run() -> Tensor:
-        graph.execute(pack, workspace)
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(x.device).cuda_stream)
+        graph.execute(pack, workspace, handle=handle)
         return out.view(shape)
 
     return run
+
+
+@cache
+def _cudnn_handle(device: torch.device) -> Any:
+    import cudnn
+
+    with torch.cuda.device(device):
+        return cudnn.create_handle()
 
 
 @peer("rms_norm_silu", "torch", "F.normalize, F.silu")

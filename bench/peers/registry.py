@@ -23,16 +23,21 @@ PACKAGES = {
     "liger": "liger_kernel",
     "sageattention": "sageattention",
     "fa3": "flash_attn_interface",
+    "fa3-fwd": "fa3_fwd_interface",
     "flash-attn": "flash_attn",
     "apex": "apex",
     "cudnn": "cudnn",
 }
-_ONLY_CUDA = {"liger", "sageattention", "fa3", "flash-attn", "apex", "cudnn"}
+_ONLY_CUDA = {"liger", "sageattention", "fa3", "fa3-fwd", "flash-attn", "apex", "cudnn"}
+
+
+MOST_LETTERS = 26  # of a name; a picture has no room for more
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`name` as tables show it. `computes_not`: None, or why it does not compute what these arguments ask for."""
+    """`name` as tables and pictures show it, which says alone what it is, in MOST_LETTERS. `computes_not`: None, or why
+    it does not compute what these arguments ask for."""
 
     op: str
     package: str
@@ -101,6 +106,11 @@ def first_reason(*reasons: WhyNot) -> WhyNot:
 def refuses(names: str, sentence: str) -> WhyNot:
     """`sentence` where any of the arguments `names`, separated by blanks, is given."""
     return lambda arguments: sentence if is_given(arguments, *names.split()) else None
+
+
+def bf16_only(arguments: Arguments) -> str | None:
+    dtype = dtype_of(arguments)
+    return None if dtype == torch.bfloat16 else f"it takes bf16, got {dtype}"
 
 
 def half_only(arguments: Arguments) -> str | None:

@@ -67,7 +67,7 @@ def _liger_modulate(arguments: Arguments) -> Callable[[], Any]:
 _GATE_ALONE = first_reason(_NO_MASK, refuses("shift", "addcmul is the gated sum alone"))
 
 
-@peer("gate_residual", "torch", "addcmul", _GATE_ALONE)
+@peer("gate_residual", "torch", "torch.addcmul", _GATE_ALONE)
 def _torch_gate_residual(arguments: Arguments) -> Callable[[], Any]:
     x, y, gate = (arguments[name] for name in ("x", "y", "gate"))
     return lambda: torch.addcmul(x, gate[:, None], y)
@@ -83,7 +83,7 @@ def _not_lerp(arguments: Arguments) -> str | None:
 _MOVES_ALL = refuses("frame_mask", "it moves all frames")
 
 
-@peer("guided_euler_step", "torch", "lerp, addcmul", first_reason(_MOVES_ALL, _not_lerp))
+@peer("guided_euler_step", "torch", "torch.lerp, addcmul", first_reason(_MOVES_ALL, _not_lerp))
 def _torch_guided_euler_step(arguments: Arguments) -> Callable[[], Any]:
     z, velocity, dt = (arguments[name] for name in ("z", "velocity", "dt"))
 
