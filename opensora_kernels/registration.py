@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import _get_overloaded_args, handle_torch_function, has_torch_function
 from torch.utils import _pytree as pytree
 
 from . import backends
@@ -137,7 +137,8 @@ def call(op: str, *arguments: Any) -> Any:
 
     Tensor subclasses with `__torch_function__` of their own see the call as they see PyTorch's functions.
     """
-    if has_torch_function(arguments):
+    # has_torch_function alone is true of every tensor inside a mode, which is to see what we call, not this
+    if has_torch_function(arguments) and any(type(each) is not Tensor for each in _get_overloaded_args(arguments)):
         return handle_torch_function(call, arguments, op, *arguments)
     cast = _cast_for_autocast(op, arguments) if _casting[op] else arguments
     backend = backends.choose(op, *cast)
