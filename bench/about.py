@@ -38,12 +38,12 @@ def json_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"must name a file, got the folder {text}")
-    picture_folder(str(path.parent))
+    output_folder(str(path.parent))
     return path
 
 
-def picture_folder(text: str) -> Path:
-    """Of an option, made now for the same reason."""
+def output_folder(text: str) -> Path:
+    """Of an option, made now for the same reason; its use is the command's."""
     folder = Path(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)

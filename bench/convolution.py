@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from bench.about import about_this_run, json_file, write_json
 from bench.cases import DTYPES
 from bench.measure import measure_ceilings, time_calls
-from bench.record import DeviceLost, failure
+from bench.record import failure, status_of
 from opensora_kernels.cases import Maker
 
 # 3 x 3 x 3 on clips of about equal work: the widths of Wan 2.1, HunyuanVideo and the Open-Sora VAEs.
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str]) -> int:
         f"{'channels':>8}{'clip':>14}{'forward ms':>12}{'TFLOP/s':>9}{'%':>6}{'backward ms':>13}{'TFLOP/s':>9}{'%':>6}"
     )
     record: dict[str, Any] = {**about, "dtype": options.dtype, "rate": ceilings.rate, "rows": []}
-    try:
+
+    def run() -> None:
         for channels, clip in LAYERS.items():
             sizes = clip if device == "cuda" else (clip[0] // 3, clip[1] // _SMALL_SHARE, clip[2] // _SMALL_SHARE)
             row = attempt(channels, sizes, DTYPES[options.dtype], device)
@@ -46,13 +47,8 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{channels:>8}{'x'.join(map(str, sizes)):>14} {_cells(row, ceilings.rate)}", flush=True)
             if options.json:
                 write_json(options.json, record)
-    except KeyboardInterrupt:
-        print("\ninterrupted: finished rows are kept", flush=True)
-        return 130
-    except DeviceLost as error:
-        print(f"\n{error}", flush=True)
-        return 1
-    return int(any("failed" in row for row in record["rows"]))
+
+    return status_of(run, "finished rows are kept") or int(any("failed" in row for row in record["rows"]))
 
 
 def _cells(row: dict[str, Any], ceiling: float) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench.about import about_this_run, picture_folder, write_json
+from bench.about import about_this_run, output_folder, write_json
 
 ROOT = Path(__file__).parents[1]
 TAIL = 12  # lines of a part's log that are shown
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         print("bench gpu: there is no CUDA device here; python -m bench all measures the CPU", file=sys.stderr)
         return 2
-    output = picture_folder(str(options.output))
+    output = output_folder(str(options.output))
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell without terminal ignores the first for us
         signal.signal(number, signal.default_int_handler)
     environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "OPENSORA_BUILD_CUDA": "auto"}

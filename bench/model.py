@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.about import about_this_run, check_device, json_file, picture_folder
+from bench.about import about_this_run, check_device, json_file, output_folder
 from bench.cases import DTYPES
 from bench.measure import Ceilings, measure_ceilings, peak_bytes, time_calls, why_wrong
 from bench.models import SCALES, WHAT, Size, Step
-from bench.record import DeviceLost, Record, failure
+from bench.record import Record, failure
 from bench.table import compare, header, line
 from opensora_kernels import backends, use
 from opensora_kernels.cases import bytes_moved
@@ -42,7 +42,7 @@ and inputs. B: forward and backward pass. Before each run 128 MB (CPU) or 256 MB
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 1 when a result of ours is wrong or the device is lost, 130 after Ctrl-C."""
+    """The exit status of `Record.collect`."""
     options = read_options(arguments)
     torch.backends.cudnn.benchmark = options.device == "cuda"
     ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
@@ -50,17 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     about |= {"GB/s": round(ceilings.bandwidth / 1e9, 1), "TFLOP/s": round(ceilings.rate / 1e12, 3)}
     print("\n".join([", ".join(f"{name} {value}" for name, value in about.items()), LEGEND]))
     record = Record(about, options.json, options.plot)
-    status = 0
-    try:
-        run(options, ceilings, record)
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is finished follows", flush=True)
-        status = 130
-    except DeviceLost as error:
-        print(f"\n{error}", flush=True)
-        status = 1
-    record.finish()
-    return status or int(any(row["kind"] == "backend" and ("wrong" in row or "failed" in row) for row in record.rows))
+    return record.collect(lambda: run(options, ceilings, record))
 
 
 def run(options: argparse.Namespace, ceilings: Ceilings, record: Record) -> None:
@@ -153,9 +143,8 @@ class Checked:
         run, device = self.step.run, self.options.device
         if build.is_compiled:
             torch._dynamo.reset()
-            logging.getLogger("torch._dynamo").setLevel(
-                logging.ERROR
-            )  # what stays outside its graphs runs all the same
+            # not a warning for each piece that stays outside its graphs: it runs all the same
+            logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
             run = torch.compile(run, dynamic=False)
         try:
             with build.ordered():
@@ -191,7 +180,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default=device, help="default here: %(default)s")
     add("--seconds-in-all", type=float, default=float("inf"), metavar="N", help="begin no clip after so many")
     add("--json", type=json_file, metavar="FILE", help="write every row there, with device, versions and commit")
-    add("--plot", type=picture_folder, metavar="DIR", help="write pictures there: bars, time and memory against size")
+    add("--plot", type=output_folder, metavar="DIR", help="write pictures there: bars, time and memory against size")
     options = parser.parse_args(arguments)
     check_device(parser, options.device)
     options.what = [what for words in options.what for what in words.split(",") if what]

@@ -20,12 +20,12 @@ from typing import Any, get_args
 import torch
 
 from bench import measure
-from bench.about import about_this_run, check_device, json_file, picture_folder
+from bench.about import about_this_run, check_device, json_file, output_folder
 from bench.base import Base
 from bench.cases import DTYPES, chosen_cases
 from bench.measure import Ceilings, measure_ceilings
 from bench.peers import PACKAGES, peers_of
-from bench.record import DeviceLost, Record, failure
+from bench.record import Record, failure
 from bench.table import LEGEND, header, line
 from bench.workload import MOST_COPIES, Contender, Direction, Workload, compiled_reference, of_backend
 from opensora_kernels import backends
@@ -38,25 +38,18 @@ GOALS |= {"guided_euler_step", "attention", "causal_conv3d"}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 1 when a backend's result is wrong or the device is lost, 130 after Ctrl-C."""
+    """The exit status of `Record.collect`."""
     options = read_options(arguments)
     torch.backends.cudnn.benchmark = options.device == "cuda"  # the library gets its best shot
     ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
     record = Record(describe(options, ceilings), options.json, options.plot)
     print("\n".join([", ".join(f"{name} {value}" for name, value in record.about.items()), LEGEND]))
-    status = 0
-    try:
+
+    def run_beside_the_base() -> None:
         with options.base or nullcontext() as base:
             run(options, ceilings, base, record)
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is finished follows", flush=True)
-        status = 130
-    except DeviceLost as error:
-        print(f"\n{error}", flush=True)
-        status = 1
-    record.finish()
-    is_wrong = any(row["kind"] == "backend" and ("wrong" in row or "failed" in row) for row in record.rows)
-    return status or int(is_wrong)
+
+    return record.collect(run_beside_the_base)
 
 
 def run(options: argparse.Namespace, ceilings: Ceilings, base: Base | None, record: Record) -> None:
@@ -194,7 +187,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", type=json_file, metavar="FILE", help="write every row there, with device, versions and commit")
     add(
         "--plot",
-        type=picture_folder,
+        type=output_folder,
         metavar="DIR",
         help="write pictures there: bars and the roofline, cost against size",
     )

@@ -36,12 +36,12 @@ def main(arguments: Sequence[str]) -> int:
             print(f"took {options.take} as {take(options.take).relative_to(ROOT)}")
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--take must be a folder with what bench all --json bench.json wrote: {error}")
-    stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
-    for path in stale:
+    stale = {path: text for path, text in pages().items() if not path.exists() or path.read_text() != text}
+    for path, text in stale.items():
         if options.check:
             print(f"bench page: {path.relative_to(ROOT)} does not agree with its JSON", file=sys.stderr)
         else:
-            path.write_text(pages()[path])
+            path.write_text(text)
             print(f"wrote {path.relative_to(ROOT)}")
     return int(options.check and bool(stale))
 
@@ -116,7 +116,7 @@ def faults(record: Record) -> list[str]:
 def operator_table(record: Record, rows: Sequence[Row]) -> str:
     """How many times as fast as others is the backend that runs by default, and every other one that is not plain
     PyTorch's."""
-    lines = []
+    lines, bold = [], 1 - relative_spread(record["rows"])
     for op in ops({"rows": rows}):
         for case, direction in dict.fromkeys((row["case"], row["direction"]) for row in rows if row["op"] == op):
             of_case = [row for row in rows if (row["op"], row["case"], row["direction"]) == (op, case, direction)]
@@ -127,7 +127,6 @@ def operator_table(record: Record, rows: Sequence[Row]) -> str:
                 lines.append([f"`{op}`", name, "not measured", *[""] * (len(_heads(record)) - 3)])
             for row in sorted(ours, key=lambda row: not row.get("is_chosen")):
                 runs = row["backend"] if row.get("is_chosen") else f"({row['backend']}, if asked)"
-                bold = 1 - relative_spread(record["rows"])
                 cells = [f"`{op}`", name, runs, *_speeds(record, row), _ratio(row, "reference", bold)]
                 lines.append([*cells, _ratio(row, "torch.compile", bold), _best_peer(of_case, row, bold)])
     return _markdown(_heads(record), lines)

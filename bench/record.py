@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.about import picture_folder, write_json
+from bench.about import output_folder, write_json
 from bench.table import compare, spread, tally
 
 
@@ -35,6 +35,14 @@ class Record:
         self.rows += rows
         self.save()
 
+    def collect(self, run: Callable[[], None]) -> int:
+        """Let `run` add rows, and finish with those that it has when it ends, whatever ends it. Exit status 1 when a
+        result of ours is wrong or the device is lost, 130 after Ctrl-C."""
+        status = status_of(run, "what is finished follows")
+        self.finish()
+        ours = (row for row in self.rows if row["kind"] == "backend")
+        return status or int(any("wrong" in row or "failed" in row for row in ours))
+
     def save(self) -> None:
         if self.path:
             write_json(self.path, {**self.about, "rows": self.rows})
@@ -44,6 +52,19 @@ class Record:
         print(f"\n{spread(self.rows)}\n{tally(self.rows)}")
         if self.folder:
             draw(self.about, self.rows, self.folder)
+
+
+def status_of(run: Callable[[], None], kept: str) -> int:
+    """0; or 130 after Ctrl-C and 1 when the device is lost, with a line that says so."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {kept}", flush=True)
+        return 130
+    except DeviceLost as error:
+        print(f"\n{error}", flush=True)
+        return 1
+    return 0
 
 
 def failure(error: Exception, device: str) -> dict[str, str]:
@@ -70,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     """`python -m bench plot`."""
     parser = argparse.ArgumentParser(prog="python -m bench plot", description="pictures of what another run measured")
     parser.add_argument("file", type=Path, help="that --json wrote")
-    parser.add_argument("folder", type=picture_folder, help="for the pictures")
+    parser.add_argument("folder", type=output_folder, help="for the pictures")
     options = parser.parse_args(arguments)
     try:
         found = json.loads(options.file.read_text())

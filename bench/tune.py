@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import opensora_kernels
-from bench.about import picture_folder, write_json
+from bench.about import output_folder, write_json
 from bench.cases import DTYPES, chosen_cases
 from bench.measure import tensors, time_calls, why_wrong
-from bench.record import DeviceLost, failure
+from bench.record import DeviceLost, failure, status_of
 from opensora_kernels import backends, tuning, use
 from opensora_kernels.cases import Case, Maker
 from opensora_kernels.ops.causal_conv3d.triton_forms import CHAIN, GEMM, LIBRARY
@@ -273,17 +273,14 @@ def main(arguments: Sequence[str]) -> int:
         ends=time.monotonic() + options.seconds_in_all,
     )
     num_tuned = 0
-    try:
+
+    def run() -> None:
+        nonlocal num_tuned
         for op in important_first(backends.ops() if options.op == "all" else [options.op]):
             num_tuned += tuned.run(op, chosen_cases(op, options.cases))
             torch.cuda.empty_cache()
-    except KeyboardInterrupt:
-        print("\ninterrupted: what was found is in the table", flush=True)
-        return 130
-    except DeviceLost as error:
-        print(f"\n{error}", flush=True)
-        return 1
-    return int(num_tuned == 0)
+
+    return status_of(run, "what was found is in the table") or int(num_tuned == 0)
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -292,7 +289,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("op", choices=[*backends.ops(), "all"])
     add("--cases", default="large", help="small, large or one's name; default: %(default)s")
     add("--dtype", choices=DTYPES, default="bf16")
-    add("--folder", type=picture_folder, default=tuning.TABLES, help="of the tables; default: the package's own")
+    add("--folder", type=output_folder, default=tuning.TABLES, help="of the tables; default: the package's own")
     add("--seconds-each", type=float, default=math.inf, metavar="N", help="at most for each operator")
     add("--seconds-in-all", type=float, default=math.inf, metavar="N", help="begin nothing later than that")
     options = parser.parse_args(arguments)

@@ -53,7 +53,8 @@ def rows_of(folder: Path, *arguments: str) -> list[dict]:
 
 def planted_row(folder: Path) -> dict:
     rows = rows_of(folder, "rms_norm", "--cases", "odd", "--backends", "library")
-    return next(row for row in rows if row["backend"] == "library")
+    (row,) = (row for row in rows if row["backend"] == "library")
+    return row
 
 
 def test_every_backend_and_peer_is_measured_beside_the_reference(tmp_path: Path, capsys):
@@ -105,11 +106,7 @@ def test_a_kernel_that_leaves_half_of_its_result_out_is_refused(plant, tmp_path:
         return out
 
     plant(half)
-    (row,) = [
-        row
-        for row in rows_of(tmp_path, "rms_norm", "--cases", "odd", "--backends", "library")
-        if row["backend"] == "library"
-    ]
+    row = planted_row(tmp_path)
     assert "wrong" in row
     assert "median" not in row
 
@@ -126,11 +123,7 @@ def test_a_kernel_that_leaves_half_of_its_buffer_stale_is_refused(plant, tmp_pat
         return out
 
     plant(half_stale)
-    (row,) = [
-        row
-        for row in rows_of(tmp_path, "rms_norm", "--cases", "odd", "--backends", "library")
-        if row["backend"] == "library"
-    ]
+    row = planted_row(tmp_path)
     assert row["wrong"].startswith("right at first, but not for other values")
     assert "median" not in row
 
@@ -145,11 +138,7 @@ def test_a_kernel_that_returns_an_earlier_result_is_refused(plant, tmp_path: Pat
         return earlier[x.data_ptr()]
 
     plant(stale)
-    (row,) = [
-        row
-        for row in rows_of(tmp_path, "rms_norm", "--cases", "odd", "--backends", "library")
-        if row["backend"] == "library"
-    ]
+    row = planted_row(tmp_path)
     assert row["wrong"].startswith("right at first, but not for other values")
 
 
@@ -160,11 +149,7 @@ def test_a_kernel_that_changes_its_inputs_is_refused(plant, tmp_path: Path):
         return out
 
     plant(in_place)
-    (row,) = [
-        row
-        for row in rows_of(tmp_path, "rms_norm", "--cases", "odd", "--backends", "library")
-        if row["backend"] == "library"
-    ]
+    row = planted_row(tmp_path)
     assert row["wrong"] == "it changed its inputs"
 
 
