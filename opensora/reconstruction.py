@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -82,10 +83,7 @@ def decode_clip(
     vae: AnyVAE, z: Tensor, num_frames: int, strategy: Strategy | None, budget: str | None
 ) -> tuple[Iterator[Tensor], TilePlan]:
     """Frames of z, uint8 (T, 3, H, W), chunk by chunk as they are asked for, and how they are made."""
-
-    def run(z: Tensor) -> Tensor:
-        return vae.decode(z, num_frames)
-
+    run = partial(vae.decode, num_frames=num_frames)
     plan = choose(vae, run, z, strategy, budget, chunk_frames=1)
     return (to_uint8(chunk[0]) for chunk in decode(run, z, plan=plan)), plan
 
@@ -117,15 +115,12 @@ def choose(
 
 
 def _open_sora(vae: VideoVAE) -> AnyVAE:
-    def encode_mean(x: Tensor) -> Tensor:
-        return vae.encode(x, sample_posterior=False)
-
+    encode_mean = partial(vae.encode, sample_posterior=False)
     return AnyVAE(vae, encode_mean, vae.decode, vae.spatial_vae.factor, vae.temporal_vae.time_factor, False, None)
 
 
 def _open_sora_plan(vae: CausalVideoVAE) -> AnyVAE:
-    def encode_mean(x: Tensor) -> Tensor:
-        return vae.encode(x, sample_posterior=False)
+    encode_mean = partial(vae.encode, sample_posterior=False)
 
     def tile() -> None:
         vae.tiling = VAETiling()

@@ -12,10 +12,10 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from opensora.sampling.stages import peak_memory, reset_peak_memory
 from opensora.vae import TemporalVAE
 from opensora_kernels.vae import decode, plan_tiles
 from tests.vae import models
@@ -51,11 +51,6 @@ MODELS = {
 }
 
 
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
 def measure(case: Case) -> dict[str, object]:
     """In this process, which should be fresh: the plan, its prediction and the peak of a run."""
     dtype = getattr(torch, case.dtype)
@@ -66,11 +61,12 @@ def measure(case: Case) -> dict[str, object]:
     whole = plan_tiles(model, case.shape, "1TiB", dtype).peak_bytes
     plan = plan_tiles(model, case.shape, int(whole * case.budget), dtype)
     x = torch.randn(case.shape, dtype=dtype)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _resident("VmRSS")
+    cpu = torch.device("cpu")
+    reset_peak_memory(cpu)
+    before = peak_memory(cpu)
     for chunk in decode(model, x, plan=plan):
         del chunk
-    peak = _resident("VmHWM") - before
+    peak = peak_memory(cpu) - before
     return {"plan": str(plan.strategy), "budget": plan.budget, "predicted": plan.peak_bytes, "measured": peak}
 
 

@@ -134,9 +134,8 @@ def _group_norm_merge_kernel(
     first_ptr = start_of(table_ptr, plane, num_frames, stride_b, stride_t)
     first_ptr += (program % num_groups).to(tl.int64) * channels_per_group * stride_c
     has_entries = channels_per_group * num_chunks > 0
-    shift = tl.load(first_ptr, mask=has_entries, other=0.0).to(
-        tl.float32
-    )  # of the order of the mean: sums of differences round less
+    # of the order of the mean: sums of differences round less
+    shift = tl.load(first_ptr, mask=has_entries, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, channels_per_group * num_chunks, BLOCK):
         offs, mask, count = _entries(
