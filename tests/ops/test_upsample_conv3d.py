@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_kernels import upsample_conv3d
+from opensora_kernels import backends, upsample_conv3d, use
+from opensora_kernels.ops.upsample_conv3d import library
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -90,3 +91,37 @@ def test_channels_last_goes_in_and_comes_out(mode: str):
     x = drawn(2, 4, 3, 5, 6).contiguous(memory_format=torch.channels_last_3d)
     out = upsample_conv3d(x, drawn(6, 4, 1, 3, 3), mode=mode)
     assert out.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("space_padding", ["zeros", "replicate", "reflect"])
+@pytest.mark.parametrize("time_padding", ["zeros", "replicate", "none"])
+@pytest.mark.parametrize("num_front", [None, 1, 4])
+def test_steps_of_any_size_give_the_clip(
+    space_padding: str, time_padding: str, num_front: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    if time_padding == "none" and num_front is not None:
+        pytest.skip("there are no frames in front")
+    x, weight, bias = drawn(2, 3, 7, 4, 5), drawn(4, 3, 3, 3, 3, seed=1), drawn(4, seed=2)
+    options = {"time_padding": time_padding, "space_padding": space_padding, "time_pad": num_front}
+    with use(upsample_conv3d="reference"):
+        expected = upsample_conv3d(x, weight, bias, **options)
+    frame_bytes = 2 * 4 * 4 * 20 * x.itemsize
+    for num_frames in (1, 2, 3, 100):
+        monkeypatch.setattr(library, "STEP_BYTES", num_frames * frame_bytes)
+        with use(upsample_conv3d="library"):
+            torch.testing.assert_close(upsample_conv3d(x, weight, bias, **options), expected, rtol=0, atol=1e-12)
+
+
+def test_the_cpu_takes_the_library_and_says_why_it_sometimes_cannot():
+    arguments = [drawn(1, 3, 2, 4, 5), drawn(4, 3, 1, 3, 3), None, "nearest_space", "zeros", "zeros", 0, [1, 1, 1, 1]]
+    assert backends.choose("upsample_conv3d", *arguments, None) == "library"
+    for index, value, reason in (
+        (3, "linear_time", "twice the rows and columns"),
+        (1, drawn(4, 3, 1, 5, 5), "3 x 3 taps"),
+        (0, drawn(0, 3, 2, 4, 5), "an empty clip"),
+    ):
+        others = [*arguments[:index], value, *arguments[index + 1 :], None]
+        assert reason in backends.why_not("upsample_conv3d", "library", *others)
+        assert backends.choose("upsample_conv3d", *others) == "reference"
+    arguments[0].requires_grad_()
+    assert backends.choose("upsample_conv3d", *arguments, None) == "reference"

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opensora_kernels import _triton
+from opensora_kernels import _triton, backends
+from opensora_kernels.backends import Implementation
 from opensora_kernels.causal_padding import SpacePadding, TimePadding, resolve_space_pad, resolve_time_pad
 from opensora_kernels.checks import check_choice, check_float, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
 
-from . import reference
+from . import library, reference
 
 __all__ = ["upsample_conv3d"]
 
@@ -41,7 +42,8 @@ def upsample_conv3d(
     returns (B, O, T, 2 H, 2 W) or (B, O, 2 T - 1, H, W) at the default padding. channels_last_3d is kept.
     Padding, counted on the upsampled clip: as in `causal_conv3d`.
     Numbers: accumulated in fp32; the upsampled clip, the convolution and each term of the mix are rounded to x's dtype.
-    In space the Triton backend sums the taps that meet on one pixel of x in fp32 and rounds the sums to x's dtype.
+    In space the Triton and library backends sum the taps that meet on one pixel of x in fp32 and round the sums to x's
+    dtype.
     Errors: TypeError for dtypes that are not floating-point or differ; ValueError for shapes, devices, choices and
     sizes that break the rules above, or a mix of different shapes.
     Source: Open-Sora-Plan v1.1.0, SpatialUpsample2x, TimeUpsample2x and TimeUpsampleRes2x
@@ -93,6 +95,11 @@ register_op(
     "int[] space_pad, Tensor? mix_factor) -> Tensor",
     reference.upsample_conv3d,
     casts=("x", "weight", "bias", "mix_factor"),
+)
+backends.register(
+    "upsample_conv3d",
+    "library",
+    Implementation(library.upsample_conv3d, why_not=library.why_not, is_plain=True, why_slower=library.why_slower),
 )
 
 
