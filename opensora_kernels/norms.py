@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -104,6 +105,22 @@ def frame_statistics(x: Tensor) -> Tensor:
     return torch.stack([mean, (wide - mean[..., None, None]).square().sum((3, 4))], -1)
 
 
+def group_statistics(x: Tensor, num_groups: int) -> Tensor:
+    """`frame_statistics` for a GroupNorm alone: each channel has the mean and the deviations of all of its group.
+
+    PyTorch's GroupNorm of single frames finds them, which takes a CPU a third of the time of `frame_statistics`.
+    """
+    num_samples, num_channels, _, height, width = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ones = torch.ones(num_channels, dtype=wide, device=x.device)  # its statistics have the dtype of the weight
+    found = []
+    for frame in x.unbind(2):
+        sizes = (num_samples, num_channels, height * width, num_groups)
+        _, mean, rstd = torch.native_group_norm(frame.contiguous(), ones, None, *sizes, 0.0)
+        found.append(torch.stack([mean, rstd.pow(-2) * (height * width)], -1))
+    return torch.stack(found, 2).repeat_interleave(num_channels // num_groups, 1)
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Channels last if x (B, C, T, H, W) has its channels side by side, else contiguous."""
     has_channels_last = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
@@ -124,6 +141,12 @@ def _clear_of_faults(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> t
     return x.contiguous() if has_gradient and not x.requires_grad else x, weight
 
 
+def _is_one_pass(x: Tensor, per_frame: bool) -> bool:
+    """Whether PyTorch's BatchNorm can apply statistics that it did not gather, and nobody wants gradients of them."""
+    is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_plain and x.device.type in ("cpu", "meta") and x.shape[0] == 1 and not per_frame and x.numel() > 0
+
+
 def _group_norm_from(
     statistics: Tensor,
     x: Tensor,
@@ -140,7 +163,14 @@ def _group_norm_from(
     num_frames_merged = mean.shape[2] * (1 if per_frame else mean.shape[3])
     group_mean = mean.mean(axes, keepdim=True)
     deviations = squares.sum(axes, keepdim=True) + frame_size * (mean - group_mean).square().sum(axes, keepdim=True)
-    rstd = torch.rsqrt(deviations / (frame_size * num_frames_merged) + eps)
+    variance = deviations / (frame_size * num_frames_merged)
+    if _is_one_pass(x, per_frame):
+        mean, variance = (
+            value.expand(-1, -1, x.shape[1] // num_groups, -1).flatten() for value in (group_mean, variance)
+        )
+        weight, bias = (value if value is None else value.to(wide) for value in (weight, bias))
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+    rstd = torch.rsqrt(variance + eps)
 
     channels_per_group = x.shape[1] // num_groups
     scale = rstd.expand(-1, -1, channels_per_group, -1).flatten(1, 2)  # (B, C, T or 1)

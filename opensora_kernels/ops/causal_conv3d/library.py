@@ -1,8 +1,8 @@
 """Causal 3-D convolution on a CPU a few frames at a time, so that no copy of the whole clip is made.
 
 PyTorch's convolution reorders its input and output for the CPU, and the clip is normalised and padded before it: five
-clips of memory for one result. A convolution that carries its state needs none of them whole, except for one that a
-norm across frames has to finish first.
+clips of memory for one result. A convolution that carries its state needs none of them whole, and a norm across frames
+only its statistics first.
 Axes: B batch, C channels, T frames, H height, W width, O output channels.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_kernels.norms import group_norm, memory_format
+from opensora_kernels.norms import group_statistics, memory_format
 
 from . import reference
 
@@ -31,8 +31,7 @@ def causal_conv3d(*values: Any) -> list[Tensor]:
         return reference.causal_conv3d(*values)
     looks_across_frames = norm == "group" and not per_frame
     if looks_across_frames and statistics is None:
-        # the one pass over the whole clip: PyTorch's norm takes half the time of statistics and then steps
-        x, norm = group_norm(x, num_groups, norm_weight, norm_bias, eps, per_frame, None), ""
+        statistics = group_statistics(x, num_groups)
 
     out, out_statistics, start, num_done = None, [], 0, 0
     for num_frames, num_results in steps:
