@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora_kernels.ops.causal_conv3d import causal_conv3d
 from opensora_kernels.ops.rms_norm import rms_norm
-from opensora_kernels.ops.upsample_conv3d import upsample_conv3d
 
 from . import convolutions
 from .convolutions import Run
@@ -262,18 +260,3 @@ def _convolve_sequence(sequence: nn.Sequential, x: Tensor, residual: Tensor | No
     norm, *_, conv = sequence
     dropout = sequence[2] if len(sequence) == 4 else None
     return _chain(run, conv, x, norm, dropout=dropout, residual=residual)[0]
-
-
-def upsample_frames(self: nn.Sequential, x: Tensor) -> Tensor:
-    """Twice the rows and columns of frames (B, C, H, W), then a 3 x 3 convolution."""
-    conv = self[1]
-    return upsample_conv3d(x.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias, time_padding="none").squeeze(2)
-
-
-def downsample_frames(self: nn.Sequential, x: Tensor) -> Tensor:
-    """Zeros on the right and at the bottom of frames (B, C, H, W), then a 3 x 3 convolution of stride 2."""
-    conv = self[1]
-    return causal_conv3d(
-        x.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias, stride=(1, 2, 2), time_padding="none",
-        space_pad=(0, 1, 0, 1),
-    ).squeeze(2)  # fmt: skip

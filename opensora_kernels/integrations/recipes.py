@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import blocks, convolutions
+from . import blocks, convolutions, latent_norms, resampling
 from .norms import norm_of
 
 Forward = Callable[..., Any]
@@ -142,6 +142,15 @@ def _with_latent_and_returned_cache(module: nn.Module, forward: Forward, x: Tens
     return [out, forward(x.flip(2), None, **options, conv_cache=cache)[0]]
 
 
+def _with_latent(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    latent = x.flip(2)
+    clip = x[:, :1].expand(-1, module.norm_layer.num_channels, -1, -1, -1) * torch.linspace(
+        0.5, 2, module.norm_layer.num_channels, dtype=x.dtype, device=x.device
+    ).view(-1, 1, 1, 1)
+    small = latent[:, :, :2, ::2, ::2]
+    return [forward(clip, small)[0], forward(clip[:, :, :2], small[:, :, :1])[0], forward(clip[..., 1:], small)[0]]
+
+
 def _with_layer_cache(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
     def norm_cache() -> dict[str, Any]:
         return {"mean": None, "var": None, "norm": {}, "add_conv": {"padding": None}}
@@ -179,6 +188,10 @@ def _with_embedding_of_none(module: nn.Module, forward: Forward, x: Tensor) -> l
 
 def _of_frames(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
     return [forward(x[0].transpose(0, 1))]
+
+
+def _of_odd_and_even(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    return [forward(x[:, :, :num_frames]) for num_frames in (1, 2, 3)]
 
 
 def _of_one_video(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
@@ -294,6 +307,18 @@ def _is_downsampling(module: nn.Module) -> bool:
     return tuple(module[0].padding) == (0, 1, 0, 1) and _is_plain_conv2d(module[1], stride=2, padding=0)
 
 
+def _upsamples_after_first(module: nn.Module) -> bool:
+    if not (_has(module, "conv", "upsample_factor") and _pads_causally(module.conv)):
+        return False
+    conv = module.conv.conv
+    return (
+        module.conv.pad_mode == "replicate"
+        and module.upsample_factor[0] in (1, 2)
+        and tuple(module.upsample_factor[1:]) == (2, 2)
+        and (conv.stride, conv.dilation, conv.groups) == ((1, 1, 1), (1, 1, 1), 1)
+    )
+
+
 def _is_plain_conv2d(conv: nn.Module, stride: int, padding: int) -> bool:
     return (
         type(conv) is nn.Conv2d
@@ -363,8 +388,29 @@ RECIPES = (
         blocks.forward_first_chunk, _MODULATED, _with_embedding_of_none, ("nonlinearity",),
     ),
     Recipe(_is_temporal_layer, blocks.forward_temporal_layer, _CHAIN, _of_one_video, _SEQUENCES, (1, 0, 4, 4, 4)),
-    Recipe(_is_upsampling, blocks.upsample_frames, ("upsample_conv3d",), _of_frames, ("0", "1")),
-    Recipe(_is_downsampling, blocks.downsample_frames, ("causal_conv3d",), _of_frames, ("0", "1")),
+    Recipe(
+        latent_norms.is_latent_norm, latent_norms.forward_latent_norm, ("group_norm_silu",), _with_latent,
+        ("norm_layer", "conv_y", "conv_y.conv", "conv_b", "conv_b.conv"), (1, 0, 3, 4, 6),
+    ),
+    Recipe(_is_upsampling, resampling.upsample_frames, ("upsample_conv3d",), _of_frames, ("0", "1")),
+    Recipe(
+        _upsamples_after_first, resampling.upsample_after_first, ("upsample_conv3d",), _once, ("conv", "conv.conv"),
+        (1, 0, 3, 4, 4),
+    ),
+    Recipe(
+        lambda m: _has(m, "conv", "compress_time") and not _has(m, "norm") and _is_plain_conv2d(m.conv, 1, 1),
+        resampling.upsample_then_frames, ("upsample_conv3d",), _of_odd_and_even, ("conv",),
+    ),
+    Recipe(
+        lambda m: (
+            _has(m, "conv", "temporal_upsample", "prev_features", "spatial_group_norm")
+            and _is_magvit(m.conv)
+            and m.conv.t_stride == 1
+            and m.conv.kernel_size[1:] == (3, 3)
+        ),
+        resampling.upsample_then_remember, ("upsample_conv3d",), _twice, ("conv",),
+    ),
+    Recipe(_is_downsampling, resampling.downsample_frames, ("causal_conv3d",), _of_frames, ("0", "1")),
     Recipe(_is_wan, convolutions.forward_padding_tuple, ("causal_conv3d",), _with_cache_argument),
     Recipe(_is_minimax, convolutions.forward_zeros_in_front, ("causal_conv3d",), _once),
     Recipe(_is_magvit, convolutions.forward_previous_features, ("causal_conv3d",), _twice),
