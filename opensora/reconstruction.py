@@ -21,14 +21,14 @@ from opensora.config_files import ConfigError
 from opensora.vae import CausalVideoVAE, VAETiling, VideoVAE
 from opensora.video import to_uint8
 from opensora_kernels import apply_opensora_kernels
-from opensora_kernels.vae import Streaming, TilePlan, Whole, decode, encode, gather, plan_tiles
+from opensora_kernels.vae import Streaming, TilePlan, Whole, decode, decoder_of, encode, encoder_of, gather, plan_tiles
 
 Strategy = Literal["whole", "tiled", "streaming"]
 
 
 @dataclass(frozen=True)
 class AnyVAE:
-    """What reconstruction needs of a VAE. encode(x) and decode(z, num_frames) keep nothing between calls.
+    """What reconstruction needs of a VAE. encode(x) and decoder(num_frames)(z) keep nothing between calls.
 
     space_factor, time_factor: pixels and frames of one latent. has_odd_clips: it takes 1 + n * time_factor frames only.
     tile: switches the VAE's own tiling on; None if it has none.
@@ -36,7 +36,7 @@ class AnyVAE:
 
     module: nn.Module
     encode: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor, int], Tensor]
+    decoder: Callable[[int], Callable[[Tensor], Tensor]]
     space_factor: int
     time_factor: int
     has_odd_clips: bool
@@ -83,7 +83,7 @@ def decode_clip(
     vae: AnyVAE, z: Tensor, num_frames: int, strategy: Strategy | None, budget: str | None
 ) -> tuple[Iterator[Tensor], TilePlan]:
     """Frames of z, uint8 (T, 3, H, W), chunk by chunk as they are asked for, and how they are made."""
-    run = partial(vae.decode, num_frames=num_frames)
+    run = vae.decoder(num_frames)
     plan = choose(vae, run, z, strategy, budget, chunk_frames=1)
     return (to_uint8(chunk[0]) for chunk in decode(run, z, plan=plan)), plan
 
@@ -116,7 +116,8 @@ def choose(
 
 def _open_sora(vae: VideoVAE) -> AnyVAE:
     encode_mean = partial(vae.encode, sample_posterior=False)
-    return AnyVAE(vae, encode_mean, vae.decode, vae.spatial_vae.factor, vae.temporal_vae.time_factor, False, None)
+    space, time = vae.spatial_vae.factor, vae.temporal_vae.time_factor
+    return AnyVAE(vae, encode_mean, partial(_decoder, vae), space, time, False, None)
 
 
 def _open_sora_plan(vae: CausalVideoVAE) -> AnyVAE:
@@ -125,7 +126,11 @@ def _open_sora_plan(vae: CausalVideoVAE) -> AnyVAE:
     def tile() -> None:
         vae.tiling = VAETiling()
 
-    return AnyVAE(vae, encode_mean, vae.decode, vae.space_factor, vae.time_factor, True, tile)
+    return AnyVAE(vae, encode_mean, partial(_decoder, vae), vae.space_factor, vae.time_factor, True, tile)
+
+
+def _decoder(vae: VideoVAE | CausalVideoVAE, num_frames: int) -> Callable[[Tensor], Tensor]:
+    return partial(vae.decode, num_frames=num_frames)
 
 
 def _of_diffusers(kind: str, location: Path, dtype: torch.dtype, device: torch.device) -> AnyVAE:
@@ -136,15 +141,8 @@ def _of_diffusers(kind: str, location: Path, dtype: torch.dtype, device: torch.d
     vae = getattr(diffusers, kind).from_pretrained(location, torch_dtype=dtype).to(device).eval()
     apply_opensora_kernels(vae)
     space, time = (_factor(vae, name, default) for name, default in (("spatial", 8), ("temporal", 4)))
-    return AnyVAE(
-        vae,
-        lambda x: vae.encode(x).latent_dist.mode(),
-        lambda z, num_frames: vae.decode(z).sample,
-        space,
-        time,
-        True,
-        getattr(vae, "enable_tiling", None),
-    )
+    tile = getattr(vae, "enable_tiling", None)
+    return AnyVAE(vae, encoder_of(vae), lambda num_frames: decoder_of(vae), space, time, True, tile)
 
 
 def _factor(vae: Any, axis: str, default: int) -> int:

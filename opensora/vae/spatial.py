@@ -60,7 +60,7 @@ class SpatialVAE(nn.Module):
 def _in_batches(function: Callable[[Tensor], Tensor], x: Tensor, size: int | None) -> Tensor:
     if size is None or size >= len(x):
         return function(x)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or type(x) is not Tensor:  # a clip that is recorded has no memory to write to
         return torch.cat([function(part) for part in x.split(size)])
     first = function(x[:size])
     out = first.new_empty(len(x), *first.shape[1:])  # written in place: a list and cat would hold every frame twice

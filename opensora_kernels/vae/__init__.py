@@ -1,5 +1,6 @@
 """Video VAEs over clips of any length, inside a memory budget: exactly, where the budget allows."""
 
+from .autoencoders import decoder_of, encoder_of
 from .plan import TilePlan, plan_tiles
 from .running import decode, encode, gather
 from .strategies import Strategy, Streaming, Whole
@@ -12,7 +13,9 @@ __all__ = [
     "Tiling",
     "Whole",
     "decode",
+    "decoder_of",
     "encode",
+    "encoder_of",
     "gather",
     "iterate_tiled",
     "plan_tiles",

@@ -70,12 +70,9 @@ def record(
 
     TypeError if it does not return one tensor made from x, looks at values, or writes into parts of a tensor.
     """
-    axis = TimeAxis(2, shape[2]) if shape[2] > 1 else None
-    node = Node("clip", programs.source(axis), (), tuple(shape), dtype, axis)
-    meta = torch.empty(shape, dtype=dtype, device="meta")
     try:
         with torch.no_grad():
-            result = model(Clip(node, meta, torch.device(device), Memory()))
+            result = model(clip_of(shape, dtype, torch.device(device)))
     except CannotRecord as error:
         raise TypeError(str(error)) from error
     result = getattr(result, "sample", result)  # diffusers wraps what a decoder returns
@@ -84,6 +81,13 @@ def record(
     if not isinstance(result, Clip):
         raise TypeError(f"the model must return one tensor made from its argument, got {type(result).__name__}")
     return result.node
+
+
+def clip_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Clip:
+    """The clip that a model is given."""
+    axis = TimeAxis(2, shape[2]) if shape[2] > 1 else None
+    node = Node("clip", programs.source(axis), (), tuple(shape), dtype, axis)
+    return Clip(node, torch.empty(shape, dtype=dtype, device="meta"), device, Memory())
 
 
 def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ class Node:
 
     program(readers, run) yields chunks of the result; a result without `axis` is one piece. `reads_all[i]`: nothing
     comes out before all of inputs[i] went in. `remark`: why frames must wait for each other here, for the plan.
+    `skips`: frames of its one input that it never reads, from the first on.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Node:
     axis: TimeAxis | None = None
     reads_all: tuple[bool, ...] = ()
     remark: str = ""
+    skips: int = 0
 
     @property
     def num_frames(self) -> int:

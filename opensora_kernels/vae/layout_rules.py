@@ -107,7 +107,9 @@ def cut(step: Step, start: int, length: int) -> Node | None:
     shape = list(node.shape)
     shape[node.axis.dim] = length
     axis = TimeAxis(node.axis.dim, length)
-    return stream(step.name, programs.sliced(start, start + length), (node,), tuple(shape), node.dtype, axis)
+    part = stream(step.name, programs.sliced(start + length), (node,), tuple(shape), node.dtype, axis)
+    part.skips = start
+    return part
 
 
 def select(step: Step) -> Node | None:

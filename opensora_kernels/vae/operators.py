@@ -81,6 +81,12 @@ def _rms_norm_silu(step: Step) -> Node | None:
     return None if axis is None or axis.dim == 1 or len(step.inputs) > 1 else step.each_chunk(axis)
 
 
+def _over_last_axis(step: Step) -> Node | None:
+    axis = step.common_axis()
+    is_apart = axis is not None and len(step.inputs) == 1 and axis.dim < len(step.inputs[0].shape) - 1
+    return step.each_chunk(axis) if is_apart else None
+
+
 def _by_sample(step: Step) -> Node | list[Node] | None:
     """Operators that never mix the samples of axis 0, where time has merged with the batch in all of their inputs."""
     axis = step.common_axis()
@@ -101,19 +107,22 @@ def _causal_conv3d(step: Step) -> Node | list[Node] | None:
     clips = {index: argument.node for index, argument in enumerate(arguments) if hasattr(argument, "node")}
     if _X not in clips or not _has_frames(clips[_X]):
         return _by_sample(step)
-    if arguments[_RETURN_STATE] or arguments[_STATE] is not None or clips.keys() - {_X, _RESIDUAL, _STATISTICS}:
+    if arguments[_STATE] is not None or clips.keys() - {_X, _RESIDUAL, _STATISTICS}:
         return None
+    # a module may keep its state for a next call, which does not come: the node runs only if somebody reads it
+    states = [step.whole()[1]] if arguments[_RETURN_STATE] else []
     inputs = {_X: clips[_X]}
     if arguments[_RESIDUAL] is not None:
         residual = clips.get(_RESIDUAL)
         inputs[_RESIDUAL] = constant_node(arguments[_RESIDUAL], 2) if residual is None else as_stream(residual, 2)
     if arguments[_NORM] == "group" and not arguments[_PER_FRAME]:
         inputs[_STATISTICS] = clips.get(_STATISTICS) or statistics(clips[_X])
-    returns_statistics, arguments[_RETURN_STATISTICS] = arguments[_RETURN_STATISTICS], False
+    returns_statistics = arguments[_RETURN_STATISTICS]
+    arguments[_RETURN_STATE] = arguments[_RETURN_STATISTICS] = False
     out = _convolution(step.name, arguments, inputs, step.result)
     if out is None:
         return None
-    return [out, statistics(out)] if returns_statistics else [out]
+    return [out, *states, *([statistics(out)] if returns_statistics else [])]
 
 
 def _convolution(name: str, arguments: list[Any], inputs: dict[int, Node], result: Tensor) -> Node | None:
@@ -150,7 +159,9 @@ def _upsample_conv3d(step: Step) -> Node | None:
         return step.node(program, axis)
 
     shape = (*x.shape[:2], 2 * x.shape[2] - 1, *x.shape[3:])
-    upsampled = stream("upsample_time", programs.twice_the_frames(), (x,), shape, x.dtype, TimeAxis(2, shape[2]))
+    upsampled = stream(
+        "upsample_time", programs.twice_the_frames(first_alone=True), (x,), shape, x.dtype, TimeAxis(2, shape[2])
+    )
     arguments = [
         "causal_conv3d", None, weight, bias, [1, 1, 1], [1, 1, 1], 1, time_padding, space_padding, time_pad, space_pad,
         None, "", None, None, 1, 1e-6, False, None, "", None, False, False,
@@ -172,5 +183,6 @@ _RULES: dict[str, Callable[[Step], Node | list[Node] | None]] = {
     "upsample_conv3d": _upsample_conv3d,
     "group_norm_silu": _group_norm_silu,
     "rms_norm_silu": _rms_norm_silu,
-    **dict.fromkeys(("attention", "qk_norm_attention", "qk_norm_rope", "rms_norm", "modulate"), _by_sample),
+    "rms_norm": _over_last_axis,
+    **dict.fromkeys(("attention", "qk_norm_attention", "qk_norm_rope", "modulate"), _by_sample),
 }

@@ -14,10 +14,12 @@ import torch
 
 from opensora_kernels.backends import use
 
+from .autoencoders import as_function
 from .clip import record
 from .graph import Node, nodes_of
+from .loops import REMARK, Loop, foresee, loop_of
 from .memory import Ledger, Prediction, RunOnPaper
-from .recording import recorded_for
+from .recording import first_step_of, recorded_for
 from .spill import Spill, SpillOnPaper
 from .strategies import Model, Strategy, Streaming, Whole
 from .streams import pull_chunks
@@ -79,10 +81,13 @@ def plan_tiles(
 ) -> TilePlan:
     """The most exact plan for a clip of `shape` that fits `budget`, the fastest among equals; nothing is computed.
 
+    decoder: as `decode` or `encode` takes it; an autoencoder of diffusers is planned to decode, its `vae.encode` to
+    encode.
     shape: (B, C, T, H, W) of what the decoder (or encoder) takes. budget: bytes on `device`, or text like "10GiB",
     beyond the clip and the weights, for the chunk that is handed out too, but not for what the caller keeps.
-    strategies: those to choose from; None: whole, and streaming with chunks of many sizes and each spill. One that has
-    a method predict(decoder, shape, dtype, device) -> Prediction can stand beside them.
+    strategies: those to choose from; None: whole, and streaming with chunks of many sizes and each spill; for a model
+    that steps through frames by itself its own steps alone, which take no longer than a run over the whole clip. One
+    that has a method predict(decoder, shape, dtype, device) -> Prediction can stand beside them.
     Numbers: the prediction counts what the operators' plain PyTorch allocates, and the workspaces of the CPU's library.
     Errors: ValueError for a shape that the decoder does not take, and for a budget below every plan's peak, with the
     smallest that would do; TypeError for a decoder that cannot be recorded.
@@ -90,13 +95,19 @@ def plan_tiles(
     """
     device, num_bytes = torch.device(device), parse_bytes(budget)
     shape = tuple(shape)
-    recorded = recorded_for("plan_tiles", "shape", decoder, shape, dtype, device)
-    whole = _predict_whole(decoder, shape, dtype, device)
+    decoder = as_function(decoder)
+    if (loop := loop_of(decoder, shape[2])) is not None:  # its steps cost what a run over all frames costs
+        recorded = first_step_of("plan_tiles", "shape", loop, shape, dtype, device)
+        whole = _predict_loop(loop, shape, dtype, device)
+        strategies = [Streaming()] if strategies is None else strategies
+    else:
+        recorded = recorded_for("plan_tiles", "shape", decoder, shape, dtype, device)
+        whole = _predict_whole(decoder, shape, dtype, device)
     tried: list[tuple[Strategy, Prediction]] = []
     for series in _candidates(shape, device) if strategies is None else [[strategy] for strategy in strategies]:
         for strategy in series:  # the later, the slower and the smaller
-            is_whole = isinstance(strategy, Whole)
-            found = whole if is_whole else _predict(strategy, decoder, recorded, shape, dtype, device)
+            is_known = isinstance(strategy, Whole if loop is None else Streaming)
+            found = whole if is_known else _predict(strategy, decoder, recorded, shape, dtype, device)
             tried.append((strategy, found))
             if found.peak_bytes <= num_bytes:
                 break
@@ -110,11 +121,15 @@ def plan_tiles(
             f"of {shape}, which is what '{least}' takes, got {num_bytes} ({show_bytes(num_bytes)})"
         )
     chosen, found = min(fitting, key=lambda pair: (not pair[0].is_exact, pair[1].cost, pair[1].peak_bytes))
-    remarks = () if isinstance(chosen, Whole) else tuple(node.remark for node in nodes_of(recorded) if node.remark)
+    remarks = () if isinstance(chosen, Whole) else _remarks(loop, recorded)
     others = tuple((strategy, other.peak_bytes) for strategy, other in tried if strategy is not chosen)
     return TilePlan(
         chosen, shape, num_bytes, found.peak_bytes, found.cost / whole.cost, found.spill_bytes, remarks, others
     )
+
+
+def _remarks(loop: Loop | None, recorded: Node) -> tuple[str, ...]:
+    return (REMARK,) if loop else tuple(node.remark for node in nodes_of(recorded) if node.remark)
 
 
 def parse_bytes(text: int | str) -> int:
@@ -156,6 +171,8 @@ def _candidates(shape: tuple[int, ...], device: torch.device) -> list[list[Strat
 def _predict(
     strategy: Any, model: Model, recorded: Node, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Prediction:
+    if isinstance(strategy, Whole):
+        return _predict_whole(model, shape, dtype, device)
     if isinstance(strategy, Streaming):
         return _predict_streaming(strategy, recorded, shape, dtype, device)
     return strategy.predict(model, shape, dtype, device)
@@ -182,6 +199,12 @@ def _predict_streaming(
             del chunk
     cost = ledger.cost + _COST_OF_SPILL[strategy.spill] * spill.num_bytes_written
     return Prediction(_with_margin(ledger.peak), spill.num_bytes_written, cost)
+
+
+def _predict_loop(loop: Loop, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Prediction:
+    with _backends_of(device):
+        found = foresee(loop, shape, dtype, device)
+    return Prediction(_with_margin(found.peak_bytes), 0, found.cost)
 
 
 def _backends_of(device: torch.device) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opensora_kernels.norms import frame_statistics
 
-from .graph import Call, TimeAxis, narrow
+from .graph import Call, TimeAxis, join, narrow, num_frames_in
 from .streams import Reader, Run, Stage
 
 Program = Callable[[list[Reader], Run], Iterator[Any]]
@@ -81,14 +81,14 @@ def each_chunk(call: Call, multiple: int = 1) -> Program:
     return program
 
 
-def sliced(start: int, stop: int) -> Program:
-    """Frames `start` to `stop`."""
+def sliced(stop: int) -> Program:
+    """Frames up to `stop`, without those that the node skips."""
 
     def program(readers: list[Reader], run: Run) -> Iterator[Any]:
         (reader,) = readers
-        yield from reader.skip(start)
         while reader.position < stop:
-            length = min((yield from reader.wait(1)), stop - reader.position)
+            available = yield from reader.wait(1)
+            length = min(available, stop - reader.position)
             if reader.position + length == stop:
                 yield (yield from _last(reader, length))
             else:
@@ -122,6 +122,27 @@ def padded(pad: Callable[[Tensor, int, int], Tensor], front: int, back: int) -> 
             length = min((yield from reader.wait(1)), step)
             is_first, is_last = reader.position == 0, length == reader.num_left
             yield run.apply(pad, (yield from reader.take(length)), front if is_first else 0, back if is_last else 0)
+
+    return program
+
+
+def reflected(pad: Callable[[Tensor, int], Tensor], axis: TimeAxis, back: int) -> Program:
+    """pad(chunk, frames behind), the last chunk with the frames before it that are reflected behind the clip."""
+
+    def program(readers: list[Reader], run: Run) -> Iterator[Any]:
+        (reader,) = readers
+        step = run.step(reader.num_frames)
+        kept: list[Tensor] = []
+        while not reader.is_at_end:
+            length = min((yield from reader.wait(1)), step)
+            num_known = num_frames_in(kept[0], axis) if kept else 0
+            kept.append((yield from reader.take(length)))
+            chunk = [join(kept, axis)]
+            num_kept = min(num_known + length, back + 1)
+            kept = [narrow(chunk[0], axis, num_known + length - num_kept, num_kept).clone()]
+            num_behind = back if reader.is_at_end else 0
+            made = [run.apply(pad, chunk.pop(), num_behind)]
+            yield narrow(made.pop(), axis, num_known, length + num_behind)
 
     return program
 
@@ -173,12 +194,13 @@ def windows(
     return program
 
 
-def twice_the_frames() -> Program:
-    """The first frame, then the others interpolated linearly among themselves, as `upsample_conv3d` does in time."""
+def twice_the_frames(first_alone: bool) -> Program:
+    """Twice the frames, interpolated linearly; the first alone, apart from the others, as `upsample_conv3d` has it."""
 
     def program(readers: list[Reader], run: Run) -> Iterator[Any]:
         (reader,) = readers
-        yield (yield from reader.take(1))
+        if first_alone:
+            yield (yield from reader.take(1))
         step = run.step(reader.num_frames)
         kept: list[Tensor] = []  # the frame that is to be doubled next, behind its predecessor if it has one
         while not reader.is_at_end:
@@ -221,6 +243,38 @@ def convolved(call: Call, span: int, stride: int, num_front: int) -> Program:
             results = _emptied(call, values, run)
             state = results.pop()
             yield results.pop()
+
+    return program
+
+
+def attended(attend: Callable[..., Tensor], seen: list[int], mask: Tensor | None) -> Program:
+    """attend(queries, keys, values, mask, number of queries before) of the frames of three streams, along axis -2.
+
+    Query t needs the first seen[t] keys. All of them are kept, in one piece of memory each for keys and values. `mask`
+    may be the fourth reader's.
+    """
+
+    def program(readers: list[Reader], run: Run) -> Iterator[Any]:
+        q, *others = readers
+        step = run.step(q.num_frames)
+        given = run.constant(mask) if mask is not None else None
+        if len(others) > 2:
+            given = yield from others.pop().take_all()
+        kept: list[Tensor] = []
+        while not q.is_at_end:
+            start = q.position
+            length = min((yield from q.wait(1)), step)
+            num_seen = seen[start + length - 1]
+            for index, reader in enumerate(others):
+                if (missing := num_seen - reader.position) <= 0:
+                    continue
+                frames = [(yield from reader.take(missing))]
+                if len(kept) == index:
+                    shape = frames[0].shape
+                    kept.append(frames[0].new_empty(*shape[:-2], reader.num_frames, shape[-1]))
+                kept[index].narrow(-2, num_seen - missing, missing).copy_(frames.pop())
+            queries = [(yield from q.take(length))]
+            yield run.apply(attend, queries.pop(), *(each.narrow(-2, 0, num_seen) for each in kept), given, start)
 
     return program
 

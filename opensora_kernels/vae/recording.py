@@ -6,6 +6,7 @@ import torch
 
 from .clip import record
 from .graph import Node
+from .loops import Loop
 from .strategies import Model
 
 _NUM_CHANNELS = (*range(1, 33), 48, 64, 96, 128)
@@ -22,6 +23,14 @@ def recorded_for(
         raise ValueError(
             f"{caller}: {name} must have a shape that the model takes{taken}, got {shape}: {error}"
         ) from error
+
+
+def first_step_of(
+    caller: str, name: str, loop: Loop, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> Node:
+    """The first step of a loop over a clip of `shape`, recorded, with the errors of `recorded_for`."""
+    first = (*shape[:2], loop.spans(shape[2])[0][1], *shape[3:])
+    return recorded_for(caller, name, lambda frames: loop.step(frames, None)[0], first, dtype, device)
 
 
 def _what_it_takes(model: Model, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> str:

@@ -7,13 +7,14 @@ runs on the whole clip. Steps on pieces need no rule.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import layout_rules, programs, window_rules
+from . import attention_rules, layout_rules, programs, window_rules
 from .graph import Node, TimeAxis
 from .operators import group_norm_of_clip
 from .step import Step, as_stream, constant_node
@@ -24,6 +25,8 @@ Rule = Callable[[Step], "Node | list[Node] | None"]
 
 def nodes_for(step: Step) -> Node | list[Node]:
     """The nodes of a step."""
+    if step.function is aten.native_group_norm.default:
+        step = replace(step, call=replace(step.call, function=_dense_group_norm))
     if step.is_of_pieces:
         return step.whole()
     found = None
@@ -132,6 +135,11 @@ def group_norm(step: Step) -> Node | None:
     return None
 
 
+def _dense_group_norm(x: Tensor, *args: Any) -> Any:
+    """PyTorch made x dense before it came here, but on a tensor without data; frames may lie apart in memory."""
+    return aten.native_group_norm(x.contiguous(), *args)
+
+
 def layer_norm(step: Step) -> Node | None:
     axis = step.common_axis()
     if axis is None or axis.dim >= len(step.inputs[0].shape) - len(step.args[1]):
@@ -165,35 +173,15 @@ def matrix_product(step: Step) -> Node | None:
     return step.each_chunk(axis) if is_row and is_alone else None
 
 
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """PyTorch's, but on paper without the matrix of scores, which its kernels do not keep."""
-    if q.is_meta:
-        return q.new_empty(*q.shape[:-1], v.shape[-1])
-    return F.scaled_dot_product_attention(q, k, v, *args, **kwargs)
-
-
-def attention(step: Step) -> Node | None:
-    """F.scaled_dot_product_attention: axes before the last two by themselves; queries too, if keys are at hand."""
-    axis = step.common_axis()
-    num_axes = step.result.dim()
-    if axis is None or any(len(node.shape) != num_axes for node in step.inputs):
-        return None
-    if all(node.axis is not None for node in step.inputs) and axis.dim < num_axes - 2 and len(step.inputs) == 3:
-        return step.each_chunk(axis)
-    is_query = step.inputs[0].axis is not None and all(node.axis is None for node in step.inputs[1:])
-    plain = len(step.args) == 3 and not step.kwargs.get("is_causal") and step.kwargs.get("attn_mask") is None
-    return step.each_chunk(axis) if is_query and plain and axis.dim == num_axes - 2 else None
-
-
 # Functions that are recorded as they are called, since what they dispatch depends on the device, and as what.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.linear: F.linear,
-    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.scaled_dot_product_attention: attention_rules.scaled_dot_product_attention,
 }
 
 _RULES: dict[Any, Rule] = {
     F.linear: linear,
-    scaled_dot_product_attention: attention,
+    attention_rules.scaled_dot_product_attention: attention_rules.attention,
     **dict.fromkeys(
         (aten.clone, aten._to_copy, aten.__and__, aten.__or__, aten.lift_fresh, aten.alias, aten.detach), pointwise
     ),

@@ -6,14 +6,17 @@ Axes: B batch, C channels, T frames, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from opensora_kernels.checks import check_float, check_shape
 
+from .autoencoders import as_function
+from .loops import Loop, foresee, loop_of
 from .plan import TilePlan, plan_tiles
-from .recording import recorded_for
+from .recording import first_step_of, recorded_for
 from .strategies import Model, Streaming, Whole
 
 Progress = Callable[[int, int], None]
@@ -31,7 +34,9 @@ def decode(
 
     Shapes: z (B, C, T, H, W) -> chunks (B, 3, t, H', W') whose t add up to T'; each is the caller's to keep or drop.
     decoder: a module or function of one tensor, in evaluation mode. It is called once, for its graph, unless the plan
-    is "whole": what it draws at random or reads from elsewhere is then drawn and read once.
+    is "whole": what it draws at random or reads from elsewhere is then drawn and read once. An autoencoder of
+    diffusers, or its bound method `decode`, is taken as `decoder_of(vae)`: one that steps through frames by itself is
+    streamed by its own steps and caches, with its tiling switched off.
     memory_budget: bytes on z's device, or text such as "10GiB", beyond those of z and of the weights; `plan_tiles`
     chooses. plan: what `plan_tiles` returned, or a TilePlan of one's own. Neither: all frames at once.
     progress: called with the number of frames made so far and of all frames, after each chunk.
@@ -42,7 +47,7 @@ def decode(
     (with the frame and channel counts that it does), and for a budget that is too small (with the smallest that would
     do); TypeError for a z that is not floating-point, or a decoder that cannot be recorded.
     """
-    return _run("decode", "z", decoder, z, memory_budget, plan, progress)
+    return _run("decode", "z", as_function(decoder), z, memory_budget, plan, progress)
 
 
 def encode(
@@ -53,8 +58,11 @@ def encode(
     plan: TilePlan | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Tensor]:
-    """The latents encoder(x), in chunks in order: as `decode`, with x (B, 3, T, H, W) in and (B, C, t, h, w) out."""
-    return _run("encode", "x", encoder, x, memory_budget, plan, progress)
+    """The latents encoder(x), in chunks in order: as `decode`, with x (B, 3, T, H, W) in and (B, C, t, h, w) out.
+
+    Of an autoencoder of diffusers it is the mode of the latents' distribution (see `encoder_of`).
+    """
+    return _run("encode", "x", as_function(encoder, encodes=True), x, memory_budget, plan, progress)
 
 
 def gather(chunks: Iterable[Tensor], out: Tensor | None = None) -> Tensor:
@@ -104,7 +112,11 @@ def _run(
     if memory_budget is not None:
         plan = plan_tiles(model, tuple(x.shape), memory_budget, x.dtype, x.device)
     strategy = Whole() if plan is None else plan.strategy
-    if isinstance(strategy, Streaming):
+    loop = loop_of(model, x.shape[2]) if isinstance(strategy, Streaming) else None
+    if loop is not None:
+        num_frames = _checked_loop(caller, name, loop, x, needs_length=progress is not None)
+        chunks = loop.chunks(x)
+    elif isinstance(strategy, Streaming):
         recorded = recorded_for(caller, name, model, tuple(x.shape), x.dtype, x.device)
         num_frames = recorded.shape[2]
         chunks = strategy.run_recorded(recorded, x)
@@ -112,6 +124,17 @@ def _run(
         num_frames = None
         chunks = strategy.run(model, x)
     return chunks if progress is None else _counted(chunks, num_frames, progress)
+
+
+def _checked_loop(caller: str, name: str, loop: Loop, x: Tensor, needs_length: bool) -> int | None:
+    """The number of frames that the loop makes; raises what its first step raises, before any frame."""
+    num_frames = None
+    # a step that cannot be recorded can be run; and it draws its random numbers when it is
+    with suppress(TypeError), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        first_step_of(caller, name, loop, tuple(x.shape), x.dtype, x.device)
+        if needs_length:
+            num_frames = foresee(loop, tuple(x.shape), x.dtype, x.device).num_frames
+    return num_frames
 
 
 def all_finite(x: Tensor) -> bool:

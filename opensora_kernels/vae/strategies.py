@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .clip import record
 from .graph import Node
+from .loops import loop_of
 from .spill import Place, open_spill
 from .streams import Run, pull_chunks
 
@@ -55,6 +56,7 @@ class Streaming:
     Where a norm looks at all frames its input waits in the spill: "device", "host", or "file" in temporary files below
     `folder` (None: the system's place for them), which are gone when the run ends, however it ends.
     A fraction of a frame makes steps smaller than what one frame of the clip becomes.
+    A model that steps through the clip by itself (see `decoder_of`) does so: its steps are its own.
     """
 
     chunk_frames: int | Fraction = 1
@@ -69,6 +71,8 @@ class Streaming:
             raise ValueError(f"Streaming: spill must be one of {', '.join(get_args(Place))}, got {self.spill!r}")
 
     def run(self, model: Model, x: Tensor) -> Iterator[Tensor]:
+        if (loop := loop_of(model, x.shape[2])) is not None:
+            return loop.chunks(x)
         return self.run_recorded(record(model, tuple(x.shape), x.dtype, x.device), x)
 
     def run_recorded(self, recorded: Node, x: Tensor) -> Iterator[Tensor]:

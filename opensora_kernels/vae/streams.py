@@ -50,7 +50,7 @@ class Stage:
 
     def put(self, chunk: Any, spill: Spill) -> None:
         num_frames = num_frames_in(chunk, self.node.axis)
-        readers = [reader for reader in self.readers if not reader.is_closed]
+        readers = [reader for reader in self.readers if not reader.is_closed and not reader.passes(num_frames)]
         parked = None
         some_are_early = any(not reader.is_late for reader in readers)
         for reader in readers:
@@ -74,10 +74,11 @@ class Stage:
 class Reader:
     """The frames of one stream that one reader has still to read."""
 
-    def __init__(self, stage: Stage, is_late: bool) -> None:
+    def __init__(self, stage: Stage, is_late: bool, skips: int = 0) -> None:
         self.stage, self.axis, self.num_frames = stage, stage.node.axis, stage.node.num_frames
         self.is_late, self.is_closed = is_late, False
         self.position = self.available = 0
+        self._skips = skips
         self._queue: deque[tuple[Any, int, int]] = deque()  # chunk, first frame of it to read, number of frames
         stage.readers.append(self)
 
@@ -89,9 +90,18 @@ class Reader:
     def num_left(self) -> int:
         return self.num_frames - self.position
 
+    def passes(self, num_frames: int) -> bool:
+        """Whether the next frames to arrive will never be read; they need not wait here for the reader to say so."""
+        if self.position + num_frames > self._skips:
+            return False
+        self.position += num_frames
+        return True
+
     def receive(self, chunk: Any, num_frames: int) -> None:
-        self._queue.append((chunk, 0, num_frames))
-        self.available += num_frames
+        unread = max(0, self._skips - self.position) if not self.available else 0
+        self._queue.append((chunk, unread, num_frames - unread))
+        self.position += unread
+        self.available += num_frames - unread
 
     def close(self) -> None:
         """Read no more."""
@@ -137,19 +147,6 @@ class Reader:
             self.receive(self._queue.popleft()[0].load(), 0)
         return self._queue[0][0]
 
-    def skip(self, num_frames: int) -> Generator[Stage, None, None]:
-        """Pass frames without reading them."""
-        while num_frames:
-            yield from self.wait(1)
-            chunk, start, length = self._queue.popleft()
-            used = min(length, num_frames)
-            if used < length:
-                self._queue.appendleft((chunk, start + used, length - used))
-            del chunk
-            num_frames -= used
-            self.position += used
-            self.available -= used
-
 
 def pull_chunks(output: Node, run: Run, spill: Spill) -> Iterator[Any]:
     """The chunks of `output`, in order."""
@@ -157,7 +154,7 @@ def pull_chunks(output: Node, run: Run, spill: Spill) -> Iterator[Any]:
     late = late_reads(nodes)
     stages: dict[Node, Stage] = {}
     for node in nodes:
-        readers = [Reader(stages[read], (node, index) in late) for index, read in enumerate(node.inputs)]
+        readers = [Reader(stages[read], (node, index) in late, node.skips) for index, read in enumerate(node.inputs)]
         stages[node] = Stage(node, readers, run)
     last = stages[output]
     result = Reader(last, is_late=False)

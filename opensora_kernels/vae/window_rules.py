@@ -23,8 +23,12 @@ def convolution(step: Step) -> Node | None:
         return None
     if node.axis.dim == 0:
         return step.each_chunk(node.axis)
-    if node.axis.dim != 2 or is_transposed:
+    if node.axis.dim != 2:
         return None
+    if is_transposed:
+        # every frame becomes frames of its own if their windows neither overlap nor leave gaps
+        is_apart = stride[0] == weight.shape[2] and (padding[0], dilation[0], output_padding[0]) == (0, 1, 0)
+        return step.each_chunk(TimeAxis(2, step.result.shape[2])) if is_apart and node.axis.outer == 1 else None
     num_axes = len(node.shape) - 2
 
     def run(chunk: Tensor, weight: Tensor, bias: Tensor | None, in_front: int, behind: int) -> Tensor:
@@ -116,13 +120,24 @@ def _with_pad_of_time(node: Node, pad: list[int], front: int, back: int) -> list
 
 
 def reflection_pad(step: Step) -> Node | None:
-    """reflection_pad3d where no frame is reflected."""
-    axis = step.inputs[0].axis
-    return step.each_chunk(axis) if _pad_of_time(step.inputs[0], step.args[1]) == (0, 0) else None
+    """reflection_pad3d, with frames reflected behind the last one alone."""
+    node, pad, function = step.inputs[0], step.args[1], step.function
+    front, back = _pad_of_time(node, pad)
+    if front or (back and node.axis.outer > 1):
+        return None
+    if not back:
+        return step.each_chunk(node.axis)
+
+    def run(x: Tensor, back: int) -> Tensor:
+        return function(x, _with_pad_of_time(node, pad, 0, back))
+
+    axis = TimeAxis(node.axis.dim, node.axis.frames + back)
+    return step.node(programs.reflected(run, axis, back), axis)
 
 
 def resize(step: Step) -> Node | None:
-    """upsample_*(x, output_size, ...): rows and columns, and by "nearest" whole multiples of frames."""
+    """upsample_*(x, output_size, ...): rows and columns; by "nearest" whole multiples of frames, or twice the frames
+    linearly."""
     axis, size = step.inputs[0].axis, step.args[1]
     num_frames = step.result.shape[axis.dim] // axis.outer
     if axis.dim > 2 or size is None or num_frames % axis.frames:
@@ -130,8 +145,12 @@ def resize(step: Step) -> Node | None:
     times = num_frames // axis.frames
     if axis.dim < 2:
         return step.each_chunk(axis)
-    if axis.outer > 1 or (times > 1 and "nearest" not in step.name):
+    if axis.outer > 1:
         return None
+    if times > 1 and "nearest" not in step.name:
+        is_in_time = step.result.shape[3:] == step.inputs[0].shape[3:] and step.args[2] is False
+        is_doubled = step.name == "upsample_trilinear3d" and times == 2 and is_in_time
+        return step.node(programs.twice_the_frames(first_alone=False), TimeAxis(2, num_frames)) if is_doubled else None
     operator = step.function
 
     def function(x: Tensor, size: list[int], *others: Any, **kwargs: Any) -> Tensor:

@@ -13,6 +13,7 @@ from opensora.config import SpatialVAEConfig, TemporalVAEConfig, VAELossConfig, 
 from opensora.vae import DiscriminatorLoss, GeneratorLoss, VAELoss, VideoVAE
 from opensora.vae.losses import kl_loss, reconstruction_loss
 from opensora.vae.temporal import CausalConv3d
+from opensora_kernels.vae import Streaming, TilePlan, decode, gather
 
 KEYS = Path(__file__).parent / "keys" / "opensora-vae-v1.2.json"
 
@@ -92,6 +93,14 @@ def test_micro_batches_change_nothing() -> None:
         z = whole.encode(clip(5), sample_posterior=False)
         torch.testing.assert_close(parts.encode(clip(5), sample_posterior=False), z, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(parts.decode(z, 5), whole.decode(z, 5), atol=1e-5, rtol=1e-5)
+
+
+def test_micro_batches_stream_frame_after_frame() -> None:
+    vae = tiny_vae(micro_batch_size=2).requires_grad_(False)
+    z = torch.randn(1, 8, 3, 8, 8)
+    chunks = list(decode(lambda z: vae.decode(z, 9), z, plan=TilePlan(Streaming(1))))
+    assert len(chunks) > 1
+    torch.testing.assert_close(gather(chunks), vae.decode(z, 9), atol=1e-5, rtol=1e-5)
 
 
 def test_chunks_are_independent() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from opensora_kernels import causal_conv3d
 from opensora_kernels.vae import Streaming, TilePlan, decode, encode, gather, plan_tiles
 from tests.ops.accuracy import assert_accurate
+from tests.vae.live_bytes import LiveBytes
 from tests.vae.models import DECODERS, ENCODERS, PER_POSITION, build
 
 MODELS = {**DECODERS, **{f"{name}_encoder": kind for name, kind in ENCODERS.items()}}
@@ -76,34 +75,6 @@ def test_channels_last_clips_stream_too(name: str):
     model, x = build(MODELS[name]), clip(name, 5, batch=2)
     streamed = gather(stream(model, x.to(memory_format=torch.channels_last_3d), 2, "file"))
     assert_accurate(streamed, model(x), build(MODELS[name], torch.float64)(x.double()), name)
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes alive at once that were allocated while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.meet((args, kwargs), is_new=False)
-        outputs = func(*args, **(kwargs or {}))
-        self.meet(outputs, is_new=True)
-        self.peak = max(self.peak, self.live)
-        return outputs
-
-    def meet(self, tree: object, is_new: bool) -> None:
-        for storage in (leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)):
-            if storage._cdata not in self.known:
-                num_bytes = storage.nbytes() if is_new else 0
-                self.known.add(storage._cdata)
-                self.live += num_bytes
-                weakref.finalize(storage, self.forget, storage._cdata, num_bytes)
-
-    def forget(self, key: int, num_bytes: int) -> None:
-        self.known.discard(key)
-        self.live -= num_bytes
 
 
 def peak_of(model: nn.Module, x: Tensor, *arguments: object) -> int:
@@ -208,7 +179,7 @@ def test_what_looks_across_frames_runs_on_the_whole_clip_and_is_named():
     def model(x: Tensor) -> Tensor:
         b, c, t, h, w = x.shape
         tokens = x.permute(0, 3, 4, 2, 1).reshape(b * h * w, 1, t, c)
-        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens, is_causal=True)
+        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens)
         return x + mixed.reshape(b, h, w, t, c).permute(0, 4, 3, 1, 2).cumsum(2).flip(3)
 
     x = clip("wan", 6)
@@ -218,6 +189,65 @@ def test_what_looks_across_frames_runs_on_the_whole_clip_and_is_named():
     plan = plan_tiles(model, tuple(x.shape), "1GiB", torch.float32, strategies=[Streaming(2)])
     assert "attention (24, 1, 6, 4) looks across frames" in str(plan)
     assert "cumsum" in str(plan)
+
+
+@pytest.mark.parametrize("mask", ["argument", "tensor", "made_from_clip", "blocks"])
+def test_attention_to_earlier_frames_streams_with_their_keys_kept(mask: str):
+    def model(x: Tensor) -> Tensor:
+        b, c, t, h, w = x.shape
+        per_frame = h * w if mask == "blocks" else 1  # tokens of a frame see each other
+        order = (0, 2, 3, 4, 1) if mask == "blocks" else (0, 3, 4, 2, 1)
+        tokens = x.permute(order).reshape(-1, 1, t * per_frame, c)
+        options = {"is_causal": True}
+        if mask == "tensor":
+            options = {"attn_mask": torch.ones(t, t, dtype=torch.bool).tril()}
+        elif mask == "made_from_clip":
+            options = {"attn_mask": torch.tril(x.new_ones(t, t)).bool()}
+        elif mask == "blocks":
+            frame = torch.arange(t).repeat_interleave(per_frame)
+            hidden = torch.where(frame[:, None] >= frame, 0, -torch.inf).to(x.dtype)
+            options = {"attn_mask": hidden.expand(b, 1, -1, -1)}
+        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens * 2, **options)
+        back = (0, 4, 1, 2, 3) if mask == "blocks" else (0, 4, 3, 1, 2)
+        return x + mixed.reshape(b, *(x.shape[axis] for axis in order[1:4]), c).permute(back)
+
+    x, seen = clip("wan", 6, batch=2 if mask != "blocks" else 1), []
+    for chunk in decode(model, x, plan=TilePlan(Streaming(2)), progress=lambda *counts: seen.append(counts)):
+        seen.append(chunk)
+    assert seen[0] == (2, 6)  # before the later frames were read
+    assert_accurate(gather(seen[1::2]), model(x), model(x.double()), mask)
+    plan = plan_tiles(model, tuple(x.shape), "1GiB", torch.float32, strategies=[Streaming(2)])
+    assert "keys and values of all earlier frames are kept" in str(plan)
+
+
+class Resampling(nn.Module):
+    """What diffusers' VAEs do to frames besides causal convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose3d(4, 4, (2, 1, 1), (2, 1, 1))
+        self.conv = causal_conv(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(self.up(x), scale_factor=(2, 1, 1), mode="trilinear")
+        x = F.pad(x, (0, 1, 0, 1, 0, 2), mode="reflect")
+        x, self.state = causal_conv3d(x, self.conv, return_state=True)  # kept for a next call
+        return torch.cat([x, x[:, :, -1:]], 2)
+
+
+def causal_conv(channels: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(channels, channels, 3, 3, 3) * 0.1)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+def test_frames_are_doubled_reflected_and_repeated_chunk_by_chunk(num_frames: int):
+    model, x = build(Resampling), clip("wan", num_frames)
+    streamed = stream(model, x, 1)
+    assert_accurate(gather(streamed), model(x), build(Resampling, torch.float64)(x.double()), "resampling")
+    if num_frames == 5:
+        assert len(streamed) > 5
+        short, long = (peak_of(model, clip("wan", frames), 1) for frames in (9, 33))
+        assert long <= short
 
 
 def test_a_model_that_steps_through_frames_by_itself_gives_the_same_frames():

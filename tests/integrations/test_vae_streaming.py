@@ -1,0 +1,203 @@
+"""diffusers' video autoencoders stream: the frames of their own `decode` and `encode`, in the memory of a few."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opensora_kernels import apply_opensora_kernels
+from opensora_kernels.vae import Streaming, TilePlan, decode, decoder_of, encode, encoder_of, gather, plan_tiles
+from tests.integrations.families import FAMILIES
+from tests.ops.accuracy import assert_accurate
+from tests.vae.live_bytes import LiveBytes
+
+pytest.importorskip("diffusers", reason="the models are those of diffusers")
+
+BY_FRAME = TilePlan(Streaming(1))
+# Latent frames of a short clip and a longer one: enough for windows and segments to repeat.
+LENGTHS = {"hunyuan_video": (9, 15), "kvae": (9, 13), "kandinsky_6": (9, 17), "cogvideox": (5, 9), "mochi": (4, 8)}
+LENGTHS |= {"ltx": (9, 13), "ltx_0.9.5": (4, 8), "ltx_2": (9, 13), "minimax_h3": (13, 25)}
+# Allegro decodes in tiles alone, the refiner takes images, and the other Magvit steps through frames as Magvit does.
+DECODING = [name for name in FAMILIES if name not in ("allegro", "hunyuan_image_refiner", "magvit_clip_norm")]
+# Those that keep no cache between calls are streamed layer by layer, which sums in another order.
+RECORDED = ("hunyuan_video_1.5", "ltx", "ltx_2", "cosmos", "minimax_h3", "vidtok")
+# The others that keep none may be told to decode window by window.
+WINDOWS = {"mochi": {"use_framewise_decoding": True}, "ltx_0.9.5": {"use_framewise_decoding": True}}
+ENCODING = {
+    "wan": 9, "wan_2.2": 9, "qwen_image": 9, "cogvideox": 17, "hunyuan_video": 29, "magvit": 9, "kvae": 33,
+    "kandinsky_6": 33, "cosmos": 17, "vidtok": 17,
+}  # fmt: skip
+
+
+def build(name: str, *, is_patched: bool = True) -> Any:
+    vae = FAMILIES[name].build().requires_grad_(False)
+    for attribute, value in WINDOWS.get(name, {}).items():
+        setattr(vae, attribute, value)
+    if is_patched:
+        apply_opensora_kernels(vae)
+    return vae
+
+
+def options_of(vae: Any) -> dict[str, Tensor]:
+    return {"temb": torch.tensor([0.05])} if getattr(vae.config, "timestep_conditioning", False) else {}
+
+
+def latents(name: str, num_frames: int) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(1, 8 if name.startswith("ltx") else 4, num_frames, 3, 4)
+
+
+def whole(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    torch.manual_seed(2)  # LTX 0.9.5 draws noise
+    with torch.no_grad():
+        return function(x)
+
+
+def peak_of(chunks: Iterator[Tensor]) -> tuple[int, list[Tensor]]:
+    """Most bytes alive at once while the chunks are made, and copies of them."""
+    gc.collect()
+    found = []
+    with LiveBytes() as counted:
+        for chunk in chunks:
+            found.append(chunk.numpy().copy())  # not counted
+            del chunk
+    return counted.peak, [torch.from_numpy(chunk) for chunk in found]
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_a_patched_vae_decodes_frame_after_frame_in_memory_that_does_not_grow(name: str):
+    vae = build(name)
+    decoder = decoder_of(vae, **options_of(vae))
+    short, long = (latents(name, length) for length in LENGTHS.get(name, (5, 9)))
+    expected = whole(decoder, short)
+    torch.manual_seed(2)
+    peak, chunks = peak_of(decode(decoder, short, plan=BY_FRAME))
+    assert len(chunks) > 1
+    if name in RECORDED:
+        truth = whole(decoder_of(build(name, is_patched=False).double()), short.double())
+        assert_accurate(gather(chunks), expected, truth, name)
+    else:
+        assert torch.equal(gather(chunks), expected)
+    longer_peak, _ = peak_of(decode(decoder, long, plan=BY_FRAME))
+    assert longer_peak <= 1.05 * peak  # attention keeps the keys and values of earlier frames
+
+
+@pytest.mark.parametrize("name", ENCODING)
+def test_a_patched_vae_encodes_frame_after_frame(name: str):
+    encoder = encoder_of(build(name))
+    torch.manual_seed(1)
+    x = torch.randn(1, 3, ENCODING[name], 16, 16)
+    expected = whole(encoder, x)
+    chunks = list(encode(encoder, x, plan=BY_FRAME))
+    assert len(chunks) > 1
+    if name in RECORDED:
+        truth = whole(encoder_of(build(name, is_patched=False).double()), x.double())
+        assert_accurate(gather(chunks), expected, truth, name)
+    else:
+        assert torch.equal(gather(chunks), expected)
+
+
+@pytest.mark.parametrize("name", ["wan", "kvae"])  # steps of the one can be recorded, those of the other cannot
+def test_an_unpatched_vae_steps_through_the_clip_too(name: str):
+    vae, z = build(name, is_patched=False), latents(name, 9)
+    seen = []
+    chunks = list(decode(vae, z, plan=BY_FRAME, progress=lambda *counts: seen.append(counts)))
+    assert len(chunks) > 1
+    assert torch.equal(gather(chunks), whole(lambda z: vae.decode(z).sample, z))
+    assert seen[-1] == (gather(chunks).shape[2],) * 2
+
+
+def test_its_bound_methods_stand_for_it():
+    vae, z, x = build("wan"), latents("wan", 3), torch.rand(1, 3, 5, 16, 16)
+    assert torch.equal(gather(decode(vae.decode, z, plan=BY_FRAME)), gather(decode(vae, z, plan=BY_FRAME)))
+    assert torch.equal(gather(encode(vae.encode, x, plan=BY_FRAME)), gather(encode(vae, x, plan=BY_FRAME)))
+    plan = plan_tiles(vae.encode, tuple(x.shape), "1GiB", x.dtype)
+    assert torch.equal(gather(encode(vae, x, plan=plan)), whole(lambda x: vae.encode(x).latent_dist.mode(), x))
+
+
+def test_without_a_plan_the_models_own_decode_runs_as_it_is():
+    vae, z = build("wan"), latents("wan", 3)
+    vae.enable_tiling(tile_sample_min_height=4, tile_sample_min_width=4)
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 4
+    (frames,) = decode(vae, z)
+    assert torch.equal(frames, whole(lambda z: vae.decode(z).sample, z))
+
+
+@pytest.mark.parametrize("name", ["wan", "magvit", "vidtok", "kandinsky_6"])
+def test_streams_keep_their_caches_to_themselves(name: str):
+    vae, (z, other) = build(name), latents(name, 9).mul(2).chunk(2, 3)[0].split([5, 4], 2)
+    z, other = torch.cat([z, other], 2), torch.cat([other, z], 2)
+    expected = [whole(decoder_of(vae), each) for each in (z, other)]
+    attributes = _attributes(vae)
+    first, second = (decode(vae, each, plan=BY_FRAME) for each in (z, other))
+    made = [next(first)], [next(second)]  # turn by turn
+    assert torch.equal(whole(decoder_of(vae), z), expected[0])
+    made[0].extend(first)
+    second.close()  # half-way
+    torch.testing.assert_close(gather(made[0]), expected[0])  # frames of the other clip differ in the first digit
+    torch.testing.assert_close(made[1][0], expected[1][:, :, : made[1][0].shape[2]])
+    assert _attributes(vae) == attributes
+
+
+def _attributes(vae: nn.Module) -> dict[str, list[Any]]:
+    """What modules keep beside their weights, and is no list that the model makes anew for every call."""
+    kept = {}
+    for name, module in vae.named_modules():
+        values = {key: value for key, value in vars(module).items() if "conv_idx" not in key and "feat_map" not in key}
+        kept[name] = [(key, id(value)) for key, value in values.items() if not isinstance(value, (bool, int, float))]
+    return kept
+
+
+def test_a_budget_is_kept_to_by_the_models_own_steps():
+    vae, z = build("wan"), latents("wan", 9)
+    plan = plan_tiles(vae, tuple(z.shape), "1GiB", z.dtype)
+    assert str(plan).startswith("streaming: ")
+    assert "steps through the clip by itself" in str(plan)
+    assert plan.relative_time == 1
+    assert plan_tiles(vae, (1, 4, 900, 3, 4), "1GiB", z.dtype).peak_bytes == plan.peak_bytes
+    assert len(list(decode(vae, z, memory_budget=plan.peak_bytes))) == 9
+    with pytest.raises(ValueError, match=rf"budget must be at least {plan.peak_bytes} bytes"):
+        decode(vae, z, memory_budget=plan.peak_bytes - 1)
+
+
+def test_tiling_of_a_model_that_steps_by_itself_stands_against_streaming():
+    vae = build("wan")
+    vae.enable_tiling()
+    with pytest.raises(ValueError, match=r"tiling of AutoencoderKLWan must be off.* disable_tiling\(\)"):
+        decode(vae, latents("wan", 3), plan=BY_FRAME)
+
+
+def test_windows_of_a_model_are_tiled_as_it_does():
+    vae, z = build("hunyuan_video"), latents("hunyuan_video", 9)
+    vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=16)
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 8
+    chunks = list(decode(vae, z, plan=BY_FRAME))
+    assert len(chunks) == 3
+    assert torch.equal(gather(chunks), whole(lambda z: vae.decode(z).sample, z))
+    vae.disable_tiling()
+    assert not torch.equal(gather(chunks), whole(lambda z: vae.decode(z).sample, z))
+
+
+def test_latents_that_do_not_fit_are_refused_before_any_frame():
+    with pytest.raises(ValueError, match=r"decode: z must have a shape that the model takes \(channels: 4\)"):
+        decode(build("wan"), torch.zeros(1, 5, 3, 4, 4), plan=BY_FRAME)
+    with pytest.raises(TypeError, match="decoder_of: vae must be an autoencoder of diffusers, got Linear"):
+        decoder_of(nn.Linear(2, 2))
+
+
+def test_hooks_that_bring_weights_to_a_device_run_before_each_step():
+    vae, seen = build("wan"), []
+
+    class Hook:
+        def pre_forward(self, module: nn.Module) -> None:
+            seen.append(module)
+
+    vae._hf_hook = Hook()
+    list(decode(vae, latents("wan", 3), plan=BY_FRAME))
+    assert len(seen) >= 3
+    assert all(module is vae for module in seen)
