@@ -60,7 +60,8 @@ def parts(output: Path, *, num_workers: int = 0) -> list[Part]:
     forward = ["all", "--quick", "--cases", "large", "sizes", "--seconds-in-all", "120"]
     backward = ["all", "--quick", "--cases", "large", "--direction", "backward", "--seconds-in-all", "40"]
     # compiling whole models would take the minutes that all other figures need
-    model = ["model", "--quick", "--no-compile", "--scale", "open-sora-v1.2", "--seconds-in-all", "40"]
+    model = ["model", "--models", "open_sora_1.2", "--quick", "--no-compile", "--scale", "open-sora-v1.2"]
+    model += ["--seconds-in-all", "40"]
     tune = ["tune", "all", "--folder", str(output), "--seconds-each", "20", "--seconds-in-all", "40"]
     wanted = [
         Part("convolution", [*bench, "convolution", *to("convolution")], 40),

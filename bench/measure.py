@@ -6,7 +6,8 @@ import ctypes
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ FLUSHED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 27}
 # Large enough that a longer copy or a larger product is no faster, small enough to end within a second or two.
 COPIED_BYTES = {"cuda": 1 << 31, "cpu": 1 << 28}
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
+
+# glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and where it puts them by itself once large tensors were freed.
+_MAPPING, _GROWN = {-1: 1 << 16, -3: 1 << 16}, {-1: 1 << 26, -3: 1 << 25}
 
 Calls = Callable[[], Any] | Sequence[Callable[[], Any]]
 
@@ -61,14 +65,34 @@ def time_calls(calls: Calls, device: str, *, seconds: float | None = None, last:
     num_runs = round((SECONDS if seconds is None else seconds) / max(once, 1e-6))
     num_runs = max(least, min(MAX_RUNS, num_runs))
     flushed = torch.empty(FLUSHED_BYTES[device], dtype=torch.int8, device=device)
-    run = _run_on_cuda if device == "cuda" else _run_on_cpu
     first = (1 - num_runs) % len(calls)
     results: list[Any] = [None]
-    taken = sorted(run(itertools.islice(itertools.cycle(calls), first, first + num_runs), flushed, results))
+    taken = _run(device, itertools.islice(itertools.cycle(calls), first, first + num_runs), flushed, results)
     if last is not None:
         last += results
-    at = [taken[round(share * (num_runs - 1))] for share in (0.5, 0.2, 0.8)]
-    return Timing(*at, num_runs)
+    return _timing(taken)
+
+
+def time_in_turn(
+    calls: Sequence[Callable[[], Any]], device: str, *, seconds: float, least: int = QUICK_RUNS
+) -> list[Timing]:
+    """Of each call, that has run before: in turn, so that a busy moment or a slower clock falls on all alike; rounds
+    that take each call about `seconds`, `least` to 200 of them."""
+    flushed = torch.empty(FLUSHED_BYTES[device], dtype=torch.int8, device=device)
+
+    def rounds(number: int) -> list[float]:
+        return _run(device, itertools.chain.from_iterable(itertools.repeat(calls, number)), flushed, [None])
+
+    taken = rounds(least)
+    more = round(seconds * len(taken) / max(sum(taken), 1e-6)) - least
+    taken += rounds(max(0, min(MAX_RUNS - least, more)))
+    return [_timing(taken[index :: len(calls)]) for index in range(len(calls))]
+
+
+def _timing(taken: Sequence[float]) -> Timing:
+    taken = sorted(taken)
+    at = [taken[round(share * (len(taken) - 1))] for share in (0.5, 0.2, 0.8)]
+    return Timing(*at, len(taken))
 
 
 @dataclass(frozen=True)
@@ -105,10 +129,11 @@ def as_graphs(calls: Sequence[Callable[[], Any]]) -> list[Replay] | None:
     return replays
 
 
-def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
+def peak_bytes(call: Callable[[], Any], device: str, *, is_warm: bool = False) -> int | None:
     """The most memory that a call takes beyond what is there before it: allocated on a GPU, resident on a CPU, where
-    that is to be had (Linux; None elsewhere). Both leave out what a library maps once and keeps."""
-    call()
+    that is to be had (Linux; None elsewhere). Both leave out what a library maps once and keeps; is_warm: it ran."""
+    if not is_warm:
+        call()
     if device != "cuda" and not hasattr(_libc(), "malloc_trim"):
         return None
     _synchronize(device)
@@ -120,6 +145,22 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
     call()
     _synchronize(device)
     return peak_memory(torch.device(device)) - before
+
+
+@contextmanager
+def mapping_every_tensor() -> Iterator[None]:
+    """Meanwhile what is resident on a CPU is what is in use, as it is for clips whose tensors are all above 32 MiB.
+
+    glibc gives smaller ones room in a heap, in which freed ones leave holes: for the same decode of tensors of 4 MiB,
+    220 to 320 MB. To be entered before a heap has grown, whose holes it would fill first."""
+    mallopt = getattr(_libc(), "mallopt", lambda option, value: 0)  # nothing to be set elsewhere
+    for option, value in _MAPPING.items():
+        mallopt(option, value)
+    try:
+        yield
+    finally:
+        for option, value in _GROWN.items():
+            mallopt(option, value)
 
 
 def _libc() -> ctypes.CDLL:
@@ -181,6 +222,11 @@ def _why_reference_is_wrong(actual: list[Tensor], truth: list[Tensor], dtype: to
 def tensors(*trees: Any) -> list[Tensor]:
     """Those in any nesting of lists and dicts, in order."""
     return [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, Tensor)]
+
+
+def _run(device: str, calls: Iterable[Callable[[], Any]], flushed: Tensor, last: list[Any]) -> list[float]:
+    """Seconds of each; the last result is put into `last`."""
+    return (_run_on_cuda if device == "cuda" else _run_on_cpu)(calls, flushed, last)
 
 
 def _run_on_cuda(calls: Iterable[Callable[[], Any]], flushed: Tensor, last: list[Any]) -> list[float]:

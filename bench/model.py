@@ -1,4 +1,5 @@
-"""`python -m bench model`: whole decodes, encodes, denoising and training steps of Open-Sora 1.2, with random weights.
+"""`python -m bench model`: whole decodes, encodes, denoising and training steps of Open-Sora 1.2, with random weights;
+decodes of Open-Sora-Plan 1.1 and of diffusers' video VAEs too, beside what they are without us.
 
 Automatic: every operator on the backend it chooses here. Triton: on that where possible. Reference: PyTorch's own
 operators one by one, the form in which the original is written. torch.compile is of the latter. As for operators, no
@@ -6,6 +7,7 @@ time is shown for a wrong result, and Ctrl-C keeps what is finished.
 
   python -m bench model --what denoise,vae_decode --quick
   python -m bench model --scale open-sora-v1.2 --what vae_decode --json decode.json --plot plots
+  python -m bench model --what vae_decode --models wan_2.1,mochi --dtype bf16
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import side_by_side
 from bench.about import about_this_run, check_device, json_file, output_folder
 from bench.cases import DTYPES
+from bench.decoders import DECODERS
 from bench.measure import Ceilings, measure_ceilings, peak_bytes, time_calls, why_wrong
 from bench.models import SCALES, WHAT, Size, Step
 from bench.record import Record, failure
@@ -33,6 +37,7 @@ from opensora_kernels.cases import bytes_moved
 
 QUICK_SECONDS = 0.5
 NUM_STEPS = 2  # of denoising: the first is like all others
+OPEN_SORA = "open_sora_1.2"  # of all steps; other models are decoded alone
 
 
 LEGEND = """\
@@ -54,9 +59,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(options: argparse.Namespace, ceilings: Ceilings, record: Record) -> None:
-    """Measure step by step, the smallest clips first."""
+    """Other models' decoders; then step by step, the smallest clips first."""
     end = time.monotonic() + options.seconds_in_all
-    for what in options.what:
+    if "vae_decode" in options.what and (others := [name for name in options.models if name in DECODERS]):
+        side_by_side.run(others, options, ceilings, record, end)
+    for what in options.what if OPEN_SORA in options.models else []:
         print(f"\n{what}\n{header(has_base=False)}", flush=True)
         for size in sizes_of(what, options):
             if time.monotonic() > end:
@@ -172,6 +179,13 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--what", nargs="+", default=["denoise", "vae_decode", "vae_encode"], metavar="STEP",
         help=f"of {', '.join(WHAT)}, with spaces or commas between; default: %(default)s")  # fmt: skip
+    add(
+        "--models",
+        nargs="+",
+        default=[OPEN_SORA, *DECODERS],
+        metavar="MODEL",
+        help=f"whose decoders; {OPEN_SORA}'s other steps too; default: all, {', '.join([OPEN_SORA, *DECODERS])}",
+    )
     add("--scale", choices=SCALES, help="of the models; default: open-sora-v1.2 on a GPU without --quick, else tiny")
     add("--steps", type=int, default=NUM_STEPS, help="of denoising; default: %(default)s")
     add("--quick", action="store_true", help="few runs; on a CPU the largest clip alone is compiled")
@@ -183,10 +197,12 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--plot", type=output_folder, metavar="DIR", help="write pictures there: bars, time and memory against size")
     options = parser.parse_args(arguments)
     check_device(parser, options.device)
-    options.what = [what for words in options.what for what in words.split(",") if what]
-    for what in options.what:
-        if what not in WHAT:
-            parser.error(f"--what must be of {', '.join(WHAT)}, got {what!r}")
+    for name, known in (("what", [*WHAT]), ("models", [OPEN_SORA, *DECODERS])):
+        chosen = [word for words in getattr(options, name) for word in words.split(",") if word]
+        setattr(options, name, chosen)
+        for word in chosen:
+            if word not in known:
+                parser.error(f"--{name} must be of {', '.join(known)}, got {word!r}")
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
     is_small = options.quick or options.device == "cpu"

@@ -1,9 +1,9 @@
 """`python -m bench page`: the results in bench/results/<device>/ as tables, there and in README.md.
 
 A folder holds what `python -m bench all --json .../bench.json` and `python -m bench model --json .../model.json` wrote,
-pictures too if wanted. `--take outputs/gpu` first copies what `make gpu` left there. Figures of a CPU are shown as
-ratios only: its seconds tell nobody anything. `--check` writes nothing and exits with 1 if a page says something else
-than its JSON, as a test does too.
+decodes of other dtypes or scales as decoders*.json, pictures too if wanted. `--take outputs/gpu` first copies what
+`make gpu` left there. Figures of a CPU are shown as ratios only: its seconds tell nobody anything. `--check` writes
+nothing and exits with 1 if a page says something else than its JSON, as a test does too.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def device_page(folder: Path) -> str:
     if (folder / "model.json").exists():
         model = read(folder / "model.json")
         parts += [f"## Whole models, {model['scale']}\n", about(model) + "\n", model_table(model)]
-        parts += [f"{spread(model['rows']).capitalize()}.\n", *faults(model)]
+        parts += [f"{spread(model['rows']).capitalize()}.\n", *decoder_table(model), *faults(model)]
+    for path in sorted(folder.glob("decoders*.json")):  # of other dtypes or scales
+        parts += [*decoder_table(read(path)), *faults(read(path))]
     return "\n".join(parts)
 
 
@@ -147,10 +149,32 @@ def model_table(record: Record) -> str:
     bold = 1 - relative_spread(record["rows"])
     lines = []
     for row in record["rows"]:
-        if row["backend"] in ("automatic", "triton") and "median" in row:
+        if row["backend"] in ("automatic", "triton") and "median" in row and "family" not in row:
             cells = [row["op"], row["case"], row["backend"], *_speeds(record, row), _ratio(row, "reference", bold)]
             lines.append([*cells, _ratio(row, "torch.compile", bold), f"{row['peak_bytes'] / 1e6:.0f} MB"])
     return _markdown([*_heads(record, "step", "frames x pixels")[:-1], "peak memory"], lines)
+
+
+def decoder_table(record: Record) -> list[str]:
+    """Ours against the rival: times as fast, peak memory, and that in units of the rival's. None without decoders."""
+    rows = [row for row in record["rows"] if "family" in row]
+    bold, lines, num_speeds = 1 - relative_spread(rows), [], int(is_gpu(record))
+    for row in rows:
+        case = [row["family"], row["case"].removeprefix(row["family"]).strip()]
+        if "skipped" in row:
+            lines.append([*case, f"{row['backend']}: not measured: {row['skipped']}", *[""] * (3 + num_speeds)])
+        elif "median" in row and row["kind"] == "backend":
+            memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f} MB"
+            times = f"{row['times_the_memory']:.2f}" if "times_the_memory" in row else "-"
+            plan = f" ({row['plan'].removeprefix('streaming: ')})" if "plan" in row else ""
+            cells = [*case, f"{row['backend']} against {row['truth_by']}{plan}"]
+            cells += [f"{row['median'] * 1e3:.4g}"] * num_speeds
+            lines.append([*cells, _ratio(row, row["truth_by"], bold), memory, times])
+    heads = ["decoder", "frames x pixels", "runs", *["ms"] * num_speeds, "x rival", "peak memory", "x rival's memory"]
+    about = f"{record['dtype']}, {record['date'][:10]}, `{record['commit']}`; the same random weights in both. "
+    text = f"{about}{spread(rows).capitalize()}.\n"
+    title = f"## Decoders beside their rivals, {record['scale']}, {record['dtype']}\n"
+    return [title, text, _markdown(heads, lines)] if rows else []
 
 
 def pictures(folder: Path) -> list[str]:

@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from bench.family_plots import family_bars
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -35,8 +37,13 @@ _MOST_BARS = 40  # of one picture: more are not read at a glance
 def plot(about: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write the pictures of all measured rows into `folder`, and say where they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    measured = [row for row in rows if "median" in row]
+    measured = [row for row in rows if "median" in row and "family" not in row]
     written = []
+    if of_families := [row for row in rows if "median" in row and "family" in row]:
+        text = f"decoders on our operators against the same weights without them, {about['scale']}"
+        written.append(
+            _save(family_bars(of_families, _title(about, text)), folder / f"vae_decoders_{about['dtype']}.png")
+        )
     for direction in dict.fromkeys(row["direction"] for row in measured):
         suffix, of_models = "" if direction == "forward" else "_backward", "models_" if "scale" in about else ""
         of_direction = [row for row in measured if row["direction"] == direction]

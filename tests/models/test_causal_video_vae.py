@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench import plain_causal_vae
 from opensora.checkpoints import CheckpointError, load_model
 from opensora.config import CausalVideoVAEConfig
 from opensora.presets import open_sora_plan_v1_0, open_sora_plan_v1_1
 from opensora.vae import CausalVideoVAE, VAETiling, tail_initialize
 from opensora.vae.causal_video import layers, resampling
 from opensora.vae.causal_video.tiling import TILING_V1_0, TILING_V1_1
-from tests import plain_causal_vae
 
 KEYS = Path(__file__).parent / "keys"
 PRESETS = {"1.0": open_sora_plan_v1_0, "1.1": open_sora_plan_v1_1}

@@ -1,7 +1,7 @@
 """CausalVideoVAE without our operators: every step a PyTorch call of its own, as the original runs it.
 
 Takes the weights from a `CausalVideoVAE`. What is fused is compared with it, in numbers by tests, in seconds and bytes
-by `python -m tests.plain_causal_vae`.
+by `python -m bench.plain_causal_vae`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ def convolve(layer: nn.Module, x: Tensor) -> Tensor:
     return F.conv3d(padded, conv.weight, conv.bias, conv.stride, conv.padding)
 
 
-def framewise(function, x: Tensor) -> Tensor:
+def framewise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     batch, _, num_frames = x.shape[:3]
     frames = x.permute(0, 2, 1, 3, 4).reshape(batch * num_frames, x.shape[1], *x.shape[3:])
     y = function(frames)
@@ -154,7 +155,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.plain_causal_vae", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.plain_causal_vae", description=__doc__.splitlines()[0])
     parser.add_argument("--how", choices=["plain", "fused", "channels_last"], help="one run, here; without it, all")
     parser.add_argument("--half", choices=["encode", "decode"], default="decode")
     parser.add_argument("--release", choices=["1.0", "1.1"], default="1.1")
@@ -166,7 +167,7 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     for how in ("plain", "fused", "channels_last"):
-        command = [sys.executable, "-m", "tests.plain_causal_vae", *sys.argv[1:], "--how", how]
+        command = [sys.executable, "-m", "bench.plain_causal_vae", *sys.argv[1:], "--how", how]
         print(how, subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), flush=True)
 
 
