@@ -1,7 +1,8 @@
 """`python -m bench page`: the results in bench/results/<device>/ as tables, there and in README.md.
 
 A folder holds what `python -m bench all --json .../bench.json` and `python -m bench model --json .../model.json` wrote,
-decodes of other dtypes or scales as decoders*.json, pictures too if wanted. `--take outputs/gpu` first copies what
+decodes of other dtypes or scales as decoders*.json, what `exactness` and `frames` wrote under their names, and pictures
+if wanted. `--take outputs/gpu` first copies what
 `make gpu` left there. Figures of a CPU are shown as ratios only: its seconds tell nobody anything. `--check` writes
 nothing and exits with 1 if a page says something else than its JSON, as a test does too.
 """
@@ -17,11 +18,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import exactness, frames
 from bench.table import Row, rate, relative_spread, spread, tally
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+# Shown beside their tables; all other pictures stand at the top of a page.
+OF_SECTIONS = {"exactness": "seams.png", "frames": "frames_memory.png"}
 AWAITED = "H200"  # Claims are about this machine; where it has no folder, the page says so.
 Record = dict[str, Any]
 
@@ -94,16 +98,24 @@ def device_page(folder: Path) -> str:
         parts += [f"{spread(model['rows']).capitalize()}.\n", *decoder_table(model), *faults(model)]
     for path in sorted(folder.glob("decoders*.json")):  # of other dtypes or scales
         parts += [*decoder_table(read(path)), *faults(read(path))]
+    for name, section in (("exactness", exactness_section), ("frames", frames_section)):
+        if (folder / f"{name}.json").exists():
+            parts += section(read(folder / f"{name}.json"))
+            parts += [_picture(path) for path in [folder / OF_SECTIONS[name]] if path.exists()]
     return "\n".join(parts)
 
 
 def about(record: Record) -> str:
-    versions = [f"torch {record['torch']}", *([f"triton {record['triton']}"] if record.get("cuda") else [])]
-    said = f"{record['device']}, {record['dtype']}, {', '.join(versions)}, {record['date'][:10]}, `{record['commit']}`"
+    said = _made(record)
     share = 100 * relative_spread(record["rows"])
     ratios = "" if is_gpu(record) else " Ratios only."
     legend = f"Bold: slower by more than the {share:.0f} % by which two runs of the same code differ."
     return f"{said}.{ratios} {legend} ~: less accurate than our rule allows, by less than four times."
+
+
+def _made(record: Record) -> str:
+    versions = [f"torch {record['torch']}", *([f"triton {record['triton']}"] if record.get("cuda") else [])]
+    return f"{record['device']}, {record['dtype']}, {', '.join(versions)}, {record['date'][:10]}, `{record['commit']}`"
 
 
 def faults(record: Record) -> list[str]:
@@ -177,8 +189,27 @@ def decoder_table(record: Record) -> list[str]:
     return [title, text, _markdown(heads, lines)] if rows else []
 
 
+def exactness_section(record: Record) -> list[str]:
+    said = f"{_made(record)}. Tiles: {record['tiles']}. {exactness.LEGEND.replace(chr(10), ' ')}\n"
+    remarks = [f"- {remark}\n" for remark in exactness.remarks(record["rows"])]
+    heading = "## How far decodes are from the model's own, whole, in fp32\n"
+    return [heading, said, _markdown(*exactness.table(record["rows"])), "".join(remarks)]
+
+
+def frames_section(record: Record) -> list[str]:
+    parts = ["## Peak memory against the number of frames\n", f"{_made(record)}. {frames.told(record)}\n"]
+    for decoder, title in frames.titles(record["rows"]).items():
+        heads, *lines = frames.grid(record["rows"], decoder)
+        parts += [f"{title}:\n", _markdown(heads, lines)]
+    return parts
+
+
 def pictures(folder: Path) -> list[str]:
-    return [f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in sorted(folder.glob("*.png"))]
+    return [_picture(path) for path in sorted(folder.glob("*.png")) if path.name not in OF_SECTIONS.values()]
+
+
+def _picture(path: Path) -> str:
+    return f"![{path.stem.replace('_', ' ')}]({path.name})\n"
 
 
 def read(path: Path) -> Record:

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 
 from bench.about import output_folder, write_json
 from bench.table import compare, spread, tally
+
+# Modules that draw what a command recorded, where that is not `bench.plots`; matplotlib is imported when one is needed.
+PICTURES = {"exactness": "bench.seams", "frames": "bench.growth"}
 
 
 class DeviceLost(RuntimeError):
@@ -80,7 +84,7 @@ def failure(error: Exception, device: str) -> dict[str, str]:
 
 def draw(about: Mapping[str, Any], rows: Sequence[dict[str, Any]], folder: Path) -> None:
     try:
-        from bench.plots import plot
+        plot = import_module(PICTURES.get(about.get("command"), "bench.plots")).plot
     except ImportError as error:
         print(f"no pictures: {error}; python -m bench plot FILE DIR draws them where matplotlib is installed")
         return

@@ -9,28 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.families import FAMILIES, decode, encode
 from opensora_kernels import apply_opensora_kernels
-from tests.integrations.families import FAMILIES
 from tests.ops.accuracy import assert_accurate
 
 pytest.importorskip("diffusers", reason="the models are those of diffusers")
 
 DTYPES = [torch.float32, torch.bfloat16]
 WITH_TILES = [name for name, family in FAMILIES.items() if family.tile]
-
-
-def encode(vae: Any, x: Tensor) -> Tensor:
-    encoded = vae.encode(x)
-    if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mode()
-    return encoded.latent if hasattr(encoded, "latent") else encoded[0]
-
-
-def decode(vae: Any, z: Tensor) -> Tensor:
-    options = {"temb": torch.tensor([0.05], dtype=z.dtype)} if getattr(vae.config, "timestep_conditioning", 0) else {}
-    torch.manual_seed(2)  # LTX 0.9.5 adds noise
-    decoded = vae.decode(z, **options)
-    return decoded if isinstance(decoded, Tensor) else decoded.sample
 
 
 @pytest.fixture(scope="module")

@@ -7,22 +7,18 @@ resident memory. Every prediction must be within 8 % of what was measured, and n
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from opensora.sampling.stages import peak_memory, reset_peak_memory
+from bench import peaks
 from opensora.vae import TemporalVAE
 from opensora_kernels.vae import decode, plan_tiles
 from tests.vae import models
 
 TOLERANCE = 0.08  # of the measured peak
-# Freed memory goes back to the system at once, so that what is resident is what is in use.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -61,22 +57,13 @@ def measure(case: Case) -> dict[str, object]:
     whole = plan_tiles(model, case.shape, "1TiB", dtype).peak_bytes
     plan = plan_tiles(model, case.shape, int(whole * case.budget), dtype)
     x = torch.randn(case.shape, dtype=dtype)
-    cpu = torch.device("cpu")
-    reset_peak_memory(cpu)
-    before = peak_memory(cpu)
-    for chunk in decode(model, x, plan=plan):
-        del chunk
-    peak = peak_memory(cpu) - before
+    peak = peaks.peak_of(lambda: decode(model, x, plan=plan), torch.device("cpu"))
     return {"plan": str(plan.strategy), "budget": plan.budget, "predicted": plan.peak_bytes, "measured": peak}
 
 
 def measure_afresh(case: Case) -> dict[str, object]:
     """`measure` in a process of its own."""
-    command = [sys.executable, "-m", "tests.vae.memory", json.dumps(asdict(case))]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_ENVIRONMENT})
-    if result.returncode:
-        raise RuntimeError(f"{case}: {result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return peaks.measure_afresh("tests.vae.memory", case)
 
 
 def is_met(found: dict[str, object]) -> bool:

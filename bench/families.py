@@ -146,3 +146,19 @@ FAMILIES: dict[str, Family] = {
         "AutoencoderVidTok", {"ch": 8, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1}, (3, 17, 32, 32), tile=None
     ),
 }  # fmt: skip
+
+
+def encode(vae: Any, x: Tensor) -> Tensor:
+    """The mean of the latents, whatever the class returns."""
+    encoded = vae.encode(x)
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode()
+    return encoded.latent if hasattr(encoded, "latent") else encoded[0]
+
+
+def decode(vae: Any, z: Tensor) -> Tensor:
+    """The frames, whatever the class returns."""
+    options = {"temb": torch.tensor([0.05]).to(z)} if getattr(vae.config, "timestep_conditioning", 0) else {}
+    torch.manual_seed(2)  # LTX 0.9.5 adds noise
+    decoded = vae.decode(z, **options)
+    return decoded if isinstance(decoded, Tensor) else decoded.sample
