@@ -8,7 +8,6 @@ Axes: B batch, C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -24,8 +23,7 @@ from torch import Tensor, nn
 from opensora.presets import open_sora_plan_v1_1
 from opensora.sampling.stages import peak_memory, reset_peak_memory
 from opensora.vae import CausalVideoVAE
-from opensora_kernels.vae import Streaming, TilePlan, Tiling, Whole, decode, iterate_tiled, plan, plan_tiles
-from opensora_kernels.vae.memory import Ledger, Prediction
+from opensora_kernels.vae import Streaming, Tiled, TilePlan, Tiling, Whole, decode, plan_tiles
 from tests.vae import models
 
 # Freed memory goes back to the system at once, so that what is resident is what is in use. One thread: predictions are
@@ -53,9 +51,6 @@ class Decoder:
         overlap, keep = (self.tile - self.stride) * self.factor, self.stride * self.factor
         return Tiling((self.tile,) * 2, (self.stride,) * 2, (overlap,) * 2, (keep,) * 2, self.window)
 
-    def result_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
-        return 4 * size[0] - 3, size[1] * self.factor, size[2] * self.factor
-
 
 class PlanDecoder(nn.Module):
     """Open-Sora-Plan 1.1's, narrower."""
@@ -75,29 +70,6 @@ DECODERS = {
         "GroupNorm over the clip: Open-Sora-Plan 1.1, 32 channels", lambda: PlanDecoder(32), (12, 12), 8, 8, 6, 17
     ),
 }
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tiles and windows as a strategy of `decode` and `plan_tiles`."""
-
-    decoder: Decoder
-    is_exact = False
-
-    def run(self, model: Any, x: Tensor) -> Iterator[Tensor]:
-        with torch.no_grad():
-            yield from iterate_tiled(model, x, self.decoder.tiling(), result_size=self.decoder.result_size)
-
-    def predict(self, model: nn.Module, shape: Any, dtype: torch.dtype, device: torch.device) -> Prediction:
-        twin, x = copy.deepcopy(model).to("meta"), torch.empty(shape, dtype=dtype, device="meta")
-        with Ledger(device) as ledger:
-            for chunk in self.run(twin, x):
-                del chunk
-        return Prediction(plan._with_margin(ledger.peak), 0, ledger.cost)
-
-    def __str__(self) -> str:
-        window = "all frames" if self.decoder.window is None else f"{self.decoder.window} frames"
-        return f"tiles of {self.decoder.tile} x {self.decoder.tile} latents, {window} of the clip at a time"
 
 
 STRATEGIES = ("whole", "tiled", "streaming, device", "streaming, host", "streaming, file", "planner")
@@ -166,7 +138,7 @@ def _strategy(case: Case) -> Any:
     if case.strategy == "whole":
         return Whole()
     if case.strategy == "tiled":
-        return Tiles(DECODERS[case.decoder])
+        return Tiled(DECODERS[case.decoder].tiling())
     return Streaming(CHUNK_FRAMES, case.strategy.split(", ")[1])
 
 

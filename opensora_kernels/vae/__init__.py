@@ -5,11 +5,13 @@ from .plan import TilePlan, plan_tiles
 from .running import decode, encode, gather
 from .strategies import Strategy, Streaming, Whole
 from .tiled import Tiling, iterate_tiled, run_tiled
+from .tiled_strategy import Tiled
 
 __all__ = [
     "Strategy",
     "Streaming",
     "TilePlan",
+    "Tiled",
     "Tiling",
     "Whole",
     "decode",

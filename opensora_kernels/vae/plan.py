@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -23,6 +23,7 @@ from .recording import first_step_of, recorded_for
 from .spill import Spill, SpillOnPaper
 from .strategies import Model, Strategy, Streaming, Whole
 from .streams import pull_chunks
+from .tiled_strategy import Tiled, tilings_for
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Frames of the clip at a time that are tried, from the fastest on; below one, part of what a frame becomes.
@@ -85,9 +86,10 @@ def plan_tiles(
     encode.
     shape: (B, C, T, H, W) of what the decoder (or encoder) takes. budget: bytes on `device`, or text like "10GiB",
     beyond the clip and the weights, for the chunk that is handed out too, but not for what the caller keeps.
-    strategies: those to choose from; None: whole, and streaming with chunks of many sizes and each spill; for a model
-    that steps through frames by itself its own steps alone, which take no longer than a run over the whole clip. One
-    that has a method predict(decoder, shape, dtype, device) -> Prediction can stand beside them.
+    strategies: those to choose from; None: whole, streaming with chunks of many sizes and each spill, and where none of
+    them fits tiles, which are not exact; for a model that steps through frames by itself its own steps, which take no
+    longer than a run over the whole clip, and tiles. One that has a method predict(decoder, shape, dtype, device) ->
+    Prediction can stand beside them.
     Numbers: the prediction counts what the operators' plain PyTorch allocates, and the workspaces of the CPU's library.
     Errors: ValueError for a shape that the decoder does not take, and for a budget below every plan's peak, with the
     smallest that would do; TypeError for a decoder that cannot be recorded.
@@ -104,15 +106,21 @@ def plan_tiles(
         recorded = recorded_for("plan_tiles", "shape", decoder, shape, dtype, device)
         whole = _predict_whole(decoder, shape, dtype, device)
     tried: list[tuple[Strategy, Prediction]] = []
-    for series in _candidates(shape, device) if strategies is None else [[strategy] for strategy in strategies]:
-        for strategy in series:  # the later, the slower and the smaller
-            is_known = isinstance(strategy, Whole if loop is None else Streaming)
-            found = whole if is_known else _predict(strategy, decoder, recorded, shape, dtype, device)
-            tried.append((strategy, found))
-            if found.peak_bytes <= num_bytes:
+
+    def fits(strategy: Strategy) -> bool:
+        is_known = isinstance(strategy, Whole if loop is None else Streaming)
+        found = whole if is_known else _predict(strategy, decoder, recorded, shape, dtype, device)
+        tried.append((strategy, found))
+        return found.peak_bytes <= num_bytes
+
+    if strategies is not None:
+        for strategy in strategies:
+            fits(strategy)
+    else:
+        for series in _candidates(decoder, shape, dtype, device):
+            if fits(series[-1]):
+                _try_larger(series, fits)
                 break
-        if strategies is None and found.peak_bytes <= num_bytes:
-            break
     fitting = [pair for pair in tried if pair[1].peak_bytes <= num_bytes]
     if not fitting:
         least, needs = min(tried, key=lambda pair: pair[1].peak_bytes)
@@ -161,11 +169,27 @@ def _kind(strategy: Strategy) -> tuple[str, ...]:
     return type(strategy).__name__, getattr(strategy, "spill", "")
 
 
-def _candidates(shape: tuple[int, ...], device: torch.device) -> list[list[Strategy]]:
-    """Series of ever smaller chunks, the fastest series first."""
-    spills = ("device", "file") if device.type == "cpu" else ("device", "host", "file")
-    chunks = [chunk for chunk in _CHUNKS if chunk < shape[2]]
-    return [[Whole()], *([Streaming(chunk, spill) for chunk in chunks] for spill in spills)]
+def _candidates(
+    model: Model, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Iterator[list[Strategy]]:
+    """Series, each from the fastest and largest to the slowest and smallest; the exact and the fast ones first."""
+    if loop_of(model, shape[2]) is not None:
+        yield [Streaming()]
+    else:
+        yield [Whole()]
+        chunks = [chunk for chunk in _CHUNKS if chunk < shape[2]]
+        for spill in ("device", "file") if device.type == "cpu" else ("device", "host", "file"):
+            yield [Streaming(chunk, spill) for chunk in chunks]
+    if tilings := tilings_for(model, shape, dtype, device):
+        yield [Tiled(tiling) for tiling in tilings]
+
+
+def _try_larger(series: list[Strategy], fits: Callable[[Strategy], bool]) -> None:
+    """Try the largest that fits, found by halves; the last one is known to."""
+    low, high = 0, len(series) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(series[middle]) else (middle + 1, high)
 
 
 def _predict(
@@ -175,7 +199,8 @@ def _predict(
         return _predict_whole(model, shape, dtype, device)
     if isinstance(strategy, Streaming):
         return _predict_streaming(strategy, recorded, shape, dtype, device)
-    return strategy.predict(model, shape, dtype, device)
+    found = strategy.predict(model, shape, dtype, device)
+    return replace(found, peak_bytes=_with_margin(found.peak_bytes)) if isinstance(strategy, Tiled) else found
 
 
 def _predict_whole(model: Model, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Prediction:

@@ -5,6 +5,7 @@ Axes: B batch, C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
@@ -38,7 +39,8 @@ def decode(
     diffusers, or its bound method `decode`, is taken as `decoder_of(vae)`: one that steps through frames by itself is
     streamed by its own steps and caches, with its tiling switched off.
     memory_budget: bytes on z's device, or text such as "10GiB", beyond those of z and of the weights; `plan_tiles`
-    chooses. plan: what `plan_tiles` returned, or a TilePlan of one's own. Neither: all frames at once.
+    chooses, and a warning says so if nothing exact fits. plan: what `plan_tiles` returned, or a TilePlan of one's own.
+    Neither: all frames at once.
     progress: called with the number of frames made so far and of all frames, after each chunk.
     Temporary files of the plan are gone when the iterator is exhausted, closed, or dropped, and after an error.
     Numbers: streaming gives the frames of one run over the clip; where GroupNorm looks at all frames its statistics are
@@ -111,6 +113,8 @@ def _run(
         raise ValueError(f"{caller}: autocast must be off, since frames are made when they are asked for, got it on")
     if memory_budget is not None:
         plan = plan_tiles(model, tuple(x.shape), memory_budget, x.dtype, x.device)
+        if not plan.strategy.is_exact:
+            warnings.warn(f"{caller}: in {memory_budget} nothing exact fits, seams may show: {plan}", stacklevel=3)
     strategy = Whole() if plan is None else plan.strategy
     loop = loop_of(model, x.shape[2]) if isinstance(strategy, Streaming) else None
     if loop is not None:

@@ -42,7 +42,7 @@ class Whole:
 
     def run(self, model: Model, x: Tensor) -> Iterator[Tensor]:
         with torch.no_grad():
-            result = [_tensor_of(model(x))]
+            result = [tensor_of(model(x))]
         yield result.pop()
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ class Streaming:
         return f"streaming: {self.chunk_frames} {frames} of the clip at a time, spill on {self.spill}"
 
 
-def _tensor_of(result: Any) -> Tensor:
+def tensor_of(result: Any) -> Tensor:
     result = getattr(result, "sample", result)
     if isinstance(result, tuple) and len(result) == 1:
         (result,) = result

@@ -10,9 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.families import FAMILIES
 from opensora_kernels import apply_opensora_kernels
-from opensora_kernels.vae import Streaming, TilePlan, decode, decoder_of, encode, encoder_of, gather, plan_tiles
-from tests.integrations.families import FAMILIES
+from opensora_kernels.vae import (
+    Streaming,
+    Tiled,
+    TilePlan,
+    Tiling,
+    decode,
+    decoder_of,
+    encode,
+    encoder_of,
+    gather,
+    plan_tiles,
+)
 from tests.ops.accuracy import assert_accurate
 from tests.vae.live_bytes import LiveBytes
 
@@ -201,3 +212,15 @@ def test_hooks_that_bring_weights_to_a_device_run_before_each_step():
     list(decode(vae, latents("wan", 3), plan=BY_FRAME))
     assert len(seen) >= 3
     assert all(module is vae for module in seen)
+
+
+def test_tiles_take_the_steps_of_a_model_that_has_its_own():
+    vae, z = build("wan"), latents("wan", 5)
+    one_tile = Tiling((3, 4), (3, 4), (0, 0), (1000, 1000), window=5)
+    assert torch.equal(gather(decode(vae, z, plan=TilePlan(Tiled(one_tile)))), whole(lambda z: vae.decode(z).sample, z))
+    z = torch.randn(1, 4, 5, 24, 24)
+    plan = plan_tiles(
+        vae, z.shape, "1GiB", torch.float32, strategies=[Tiled(Tiling((12, 24), (8, 24), (8, 0), (16, 48)))]
+    )
+    assert plan.peak_bytes < plan_tiles(vae, z.shape, "1GiB", torch.float32).peak_bytes
+    assert gather(decode(vae, z, plan=plan)).shape == vae.decode(z).sample.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora_kernels.vae import Streaming, Whole, decode, gather, plan_tiles
+from opensora_kernels.vae import Streaming, Tiled, TilePlan, Tiling, Whole, decode, gather, plan_tiles
 from opensora_kernels.vae.memory import Prediction
 from opensora_kernels.vae.plan import parse_bytes
+from opensora_kernels.vae.tiled_strategy import tilings_for
 from tests.vae.memory import Case, is_met, measure_afresh
 from tests.vae.models import DECODERS, build
 
@@ -64,6 +66,42 @@ def test_exact_plans_go_before_faster_ones():
     candidates = [Rough(), Whole(), Streaming(1)]
     assert not isinstance(plan_tiles(model, SHAPE, "1GiB", torch.float32, strategies=candidates).strategy, Rough)
     assert isinstance(plan_tiles(model, SHAPE, 2000, torch.float32, strategies=candidates).strategy, Rough)
+
+
+def test_tiles_come_where_nothing_exact_fits_and_a_warning_says_so():
+    model = build(DECODERS["plan"])
+    z = torch.randn(1, 4, 9, 24, 20, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="must be at least") as refused:
+        plan_tiles(model, z.shape, 1000, torch.float32)
+    assert "which is what 'tiled: " in str(refused.value)
+    budget = int(re.search(r"at least (\d+) bytes", str(refused.value))[1])
+    plan = plan_tiles(model, z.shape, budget, torch.float32)
+    assert isinstance(plan.strategy, Tiled)
+    assert plan.peak_bytes == budget
+    assert "(not exact)" in str(plan)
+    assert "passed over: streaming" in str(plan)
+    with pytest.warns(UserWarning, match="nothing exact fits, seams may show: tiled"):
+        frames = gather(decode(model, z, memory_budget=budget))
+    assert frames.shape == model(z).shape
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_tile_as_large_as_the_clip_is_the_clip(name: str):
+    model = build(DECODERS[name])
+    z = torch.randn(1, 4, 5, 6, 7, generator=torch.Generator().manual_seed(0))
+    tiling = Tiling((6, 7), (6, 7), (0, 0), (10_000, 10_000), window=5)
+    with torch.no_grad():
+        assert torch.equal(gather(decode(model, z, plan=TilePlan(Tiled(tiling)))), model(z))
+
+
+def test_tiles_of_a_model_that_sees_one_pixel_join_without_seams():
+    model = torch.nn.Upsample(scale_factor=(1, 2, 2))
+    z = torch.randn(1, 4, 9, 40, 33, generator=torch.Generator().manual_seed(0))
+    tilings = tilings_for(model, tuple(z.shape), torch.float32, torch.device("cpu"))
+    assert len(tilings) > 5
+    for tiling in tilings:
+        joined = gather(decode(model, z, plan=TilePlan(Tiled(tiling))))
+        torch.testing.assert_close(joined, model(z), rtol=0, atol=1e-6)
 
 
 def test_predictions_repeat():
