@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.cases import DTYPES
 from bench.decoders import DECODERS, Decoder, Mode, Pair, build
-from bench.measure import Ceilings, mapping_every_tensor, peak_bytes, time_in_turn, why_wrong
+from bench.measure import Ceilings, Timing, mapping_every_tensor, peak_bytes, time_in_turn, why_wrong, with_a_heap
 from bench.record import Record, failure
 from bench.table import compare, milliseconds
 from opensora_kernels.cases import bytes_moved
@@ -143,7 +143,12 @@ class Comparison:
         again: Row = {}
         calls = [*self._calls, *((again, call) for row, call in self._calls if row is rival)]
         how = {"seconds": 0.5, "least": 3} if self.options.quick else {"seconds": 2.0}
-        timings = time_in_turn([call for _, call in calls], self.options.device, **how)
+
+        @torch.no_grad()  # a thread starts with gradients
+        def timed() -> list[Timing]:
+            return time_in_turn([call for _, call in calls], self.options.device, **how)
+
+        timings = with_a_heap(timed) if self.options.device == "cpu" else timed()
         for (row, _), timing in zip(calls, timings, strict=True):
             row |= asdict(timing)
         if again:
