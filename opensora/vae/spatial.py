@@ -25,7 +25,8 @@ class SpatialVAE(nn.Module):
 
     def __init__(self, config: SpatialVAEConfig, micro_batch_size: int | None = None) -> None:
         super().__init__()
-        from diffusers import AutoencoderKL  # 2 s of imports that only a model needs
+        with torch.device("cpu"):  # its modules keep tensors, which a caller's torch.device("meta") would leave empty
+            from diffusers import AutoencoderKL  # 2 s of imports that only a model needs
 
         self.module = AutoencoderKL(**asdict(config))
         self.micro_batch_size = micro_batch_size

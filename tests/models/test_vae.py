@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,3 +255,13 @@ def test_adversarial_losses_wait_for_their_start() -> None:
     assert GeneratorLoss(start=10)(logits, nll, weight, 9).item() == 0
     # gradients: 2 per entry against -4/3, so the adaptive weight is 1.5 and the loss 0.5 * 1.5 * -4
     assert GeneratorLoss(start=10)(logits, nll, weight, 10).item() == pytest.approx(-3.0, rel=1e-3)
+
+
+def test_models_of_diffusers_are_whole_after_ours_was_made_on_meta():
+    code = (
+        "import torch; from opensora.presets import tiny; from opensora.vae import VideoVAE\n"
+        "with torch.device('meta'): VideoVAE(tiny.vae())\n"
+        "from diffusers.models.autoencoders.autoencoder_kl_cosmos import _WAVELETS\n"
+        "assert all(tensor.device.type == 'cpu' for tensor in _WAVELETS.values())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
