@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +25,17 @@ from opensora_kernels import apply_opensora_kernels
 from opensora_kernels.vae import Streaming, TilePlan, Whole, decode, decoder_of, encode, encoder_of, gather, plan_tiles
 
 Strategy = Literal["whole", "tiled", "streaming"]
+LTX_DECODE_TIMESTEP = 0.05
+"""How noisy LTX 0.9.5 takes latents to be, as in diffusers' examples."""
+
+
+class OwnTiles(Whole):
+    """The model at once, which cuts the clip into tiles itself."""
+
+    is_exact = False
+
+    def __str__(self) -> str:
+        return "tiled: the VAE's own tiles, of a clip that is larger than one"
 
 
 @dataclass(frozen=True)
@@ -65,11 +77,11 @@ def load_any_vae(source: str | Path, *, dtype: torch.dtype, device: torch.device
         return _open_sora(load_model(location, VideoVAE, VideoVAEConfig, dtype=dtype, device=device))
     if kind in ("CausalVideoVAEConfig", "CausalVAEModel"):
         return _open_sora_plan(load_model(location, CausalVideoVAE, CausalVideoVAEConfig, dtype=dtype, device=device))
-    if kind.startswith("Autoencoder"):
+    if kind.startswith("Autoencoder") or "VAE" in kind:
         return _of_diffusers(kind, location, dtype, device)
     raise ConfigError(
-        f"vae: config.json of {source} must be of VideoVAEConfig, CausalVideoVAEConfig, CausalVAEModel or a class "
-        f"Autoencoder... of diffusers, got {kind or 'none of them'}"
+        f"vae: config.json of {source} must be of VideoVAEConfig, CausalVideoVAEConfig, CausalVAEModel or a video VAE "
+        f"of diffusers, got {kind or 'none of them'}"
     )
 
 
@@ -111,6 +123,7 @@ def choose(
         if vae.tile is None:
             raise ValueError("strategy: tiled is not there in this VAE, which runs its clips in short parts anyway")
         vae.tile()
+        return TilePlan(OwnTiles())
     return TilePlan(Whole())
 
 
@@ -138,11 +151,21 @@ def _of_diffusers(kind: str, location: Path, dtype: torch.dtype, device: torch.d
 
     if not hasattr(diffusers, kind):
         raise ConfigError(f"vae: diffusers {diffusers.__version__} has no {kind}")
-    vae = getattr(diffusers, kind).from_pretrained(location, torch_dtype=dtype).to(device).eval()
+    is_lean = find_spec("accelerate") is not None  # it says on five lines that it would like to be asked
+    loaded = getattr(diffusers, kind).from_pretrained(location, torch_dtype=dtype, low_cpu_mem_usage=is_lean)
+    vae = loaded.to(device).eval()
     apply_opensora_kernels(vae)
     space, time = (_factor(vae, name, default) for name, default in (("spatial", 8), ("temporal", 4)))
     tile = getattr(vae, "enable_tiling", None)
-    return AnyVAE(vae, encoder_of(vae), lambda num_frames: decoder_of(vae), space, time, True, tile)
+    if kind == "AutoencoderKLAllegro":  # in tiles alone, frames before channels, and no first frame by itself
+        vae.enable_tiling()
+        return AnyVAE(
+            vae, encoder_of(vae), lambda _: lambda z: vae.decode(z).sample.transpose(1, 2), space, time, False, tile
+        )
+    options = {}
+    if vae.config.get("timestep_conditioning"):
+        options["temb"] = torch.full((1,), LTX_DECODE_TIMESTEP, device=device, dtype=dtype)
+    return AnyVAE(vae, encoder_of(vae), lambda _: decoder_of(vae, **options), space, time, True, tile)
 
 
 def _factor(vae: Any, axis: str, default: int) -> int:

@@ -1,14 +1,18 @@
 """The command `opensora`: the only place where arguments, environment variables and the terminal are read.
 
-Exit status: 0 done; 2 for input that cannot be used, after one line that says what; 130 after Ctrl-C.
+Exit status: 0 done; 2 for input that cannot be used, after one line that says what; 130 after Ctrl-C; 143 after
+SIGTERM.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 COMMANDS = {
     "sample": ("opensora.cli.sample", "make images and videos from text"),
@@ -40,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail("opensora", f"unknown command {name!r}; commands: {', '.join(COMMANDS)}")
     try:
-        return importlib.import_module(COMMANDS[name][0]).run(arguments[1:])
+        with _cleaning_up():
+            return importlib.import_module(COMMANDS[name][0]).run(arguments[1:])
     except KeyboardInterrupt as interrupt:
         print(f"opensora {name}: stopped{''.join(f'; {text}' for text in interrupt.args)}", file=sys.stderr)
         return INTERRUPTED
@@ -52,6 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("OPENSORA_TRACEBACK") or not _is_about_the_machine(error):
             raise
         return _fail(f"opensora {name}", str(error))
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Meanwhile SIGTERM ends the process as an exception does, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _is_about_the_machine(error: RuntimeError) -> bool:

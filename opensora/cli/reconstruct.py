@@ -22,6 +22,10 @@ def run(arguments: Sequence[str]) -> int:
     output = Path(options["output"])
     if output.suffix.lower() != ".mp4":
         raise CommandError(f"output: must end in .mp4, got {str(output)!r}")
+    if output.exists() and output.samefile(options["input"]):
+        raise CommandError(f"output: must be another file than the input, got {str(output)!r}")
+    if options["fps"] is not None and not options["fps"] > 0:
+        raise CommandError(f"fps: must be above 0, got {options['fps']}")
 
     from opensora.data.reading import probe, read_frames
     from opensora.data.transforms import transform_frames
@@ -88,7 +92,7 @@ def _extent(
     vae: AnyVAE, options: dict[str, Any], num_frames: int, size: tuple[int, int]
 ) -> tuple[int, tuple[int, int]]:
     """Frames and size of the clip, checked."""
-    wanted = options["num_frames"] or vae.valid_length(num_frames)
+    wanted = vae.valid_length(num_frames) if options["num_frames"] is None else options["num_frames"]
     if not 1 <= wanted <= num_frames or vae.valid_length(wanted) != wanted:
         step = f" of {vae.time_factor} n + 1" if vae.has_odd_clips else ""
         raise CommandError(f"num_frames: must be from 1 to {num_frames}{step} for this video and VAE, got {wanted}")
