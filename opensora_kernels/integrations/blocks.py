@@ -18,6 +18,7 @@ from opensora_kernels.ops.rms_norm import rms_norm
 from . import convolutions
 from .convolutions import Run
 from .norms import apply_norm, norm_of
+from .steps import add, frame_steps, may_write
 
 
 def _chain(
@@ -32,7 +33,10 @@ def _chain(
     per_frame: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """conv(dropout(silu(norm(x)))) + residual and the convolution's next cache; `norm` None: x has been normalised."""
+    """conv(dropout(silu(norm(x)))) + residual and the convolution's next cache; `norm` None: x has been normalised.
+
+    Options go to the convolution: `may_overwrite` where x is a block's own.
+    """
     found = None if norm is None else norm_of(norm)
     if found is not None and per_frame is not None:
         found = replace(found, per_frame=per_frame)
@@ -46,9 +50,12 @@ def forward_plain(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """HunyuanVideo, HunyuanVideo 1.5, the Hunyuan image refiner, MiniMax-H3."""
     has_wrappers = hasattr(self.conv1, "conv")
     run = convolutions.run_causal_padding if has_wrappers else convolutions.run_zeros_in_front
-    residual = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
     hidden, _ = _chain(run, self.conv1, hidden_states, self.norm1)
-    return _chain(run, self.conv2, hidden, self.norm2, dropout=getattr(self, "dropout", None), residual=residual)[0]
+    residual = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
+    return _chain(
+        run, self.conv2, hidden, self.norm2, dropout=getattr(self, "dropout", None), residual=residual,
+        may_overwrite=True,
+    )[0]  # fmt: skip
 
 
 def forward_feature_list(
@@ -62,10 +69,12 @@ def forward_feature_list(
         (self.norm2, self.dropout, self.conv2, residual),
     ):
         if feat_cache is None:
-            x, _ = _chain(run, conv, x, norm, dropout=dropout, residual=added)
+            x, _ = _chain(run, conv, x, norm, dropout=dropout, residual=added, may_overwrite=added is not None)
             continue
         index = feat_idx[0]
-        x, feat_cache[index] = _chain(run, conv, x, norm, feat_cache[index], dropout=dropout, residual=added)
+        x, feat_cache[index] = _chain(
+            run, conv, x, norm, feat_cache[index], dropout=dropout, residual=added, may_overwrite=added is not None
+        )
         feat_idx[0] += 1
     return x
 
@@ -97,7 +106,7 @@ def forward_returned_cache(
         else:
             inputs = self.conv_shortcut(inputs)
     hidden, caches["conv2"] = _chain(
-        run, self.conv2, hidden, norm2, earlier.get("conv2"), dropout=self.dropout, residual=inputs
+        run, self.conv2, hidden, norm2, earlier.get("conv2"), dropout=self.dropout, residual=inputs, may_overwrite=True
     )
     return hidden, caches
 
@@ -107,28 +116,31 @@ def forward_returned_cache_mochi(
 ) -> tuple[Tensor, dict[str, Any]]:
     run, earlier, caches = convolutions.run_returned_cache, conv_cache or {}, {}
     hidden, caches["conv1"] = _chain(run, self.conv1, inputs, self.norm1, earlier.get("conv1"))
-    hidden, caches["conv2"] = _chain(run, self.conv2, hidden, self.norm2, earlier.get("conv2"), residual=inputs)
+    hidden, caches["conv2"] = _chain(
+        run, self.conv2, hidden, self.norm2, earlier.get("conv2"), residual=inputs, may_overwrite=True
+    )
     return hidden, caches
 
 
 def forward_pairs(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """Cosmos: each convolution is one in space and one in time."""
     run = convolutions.run_temporal_pad
-    residual = self.conv_shortcut(hidden_states)
     hidden, _ = _chain(run, self.conv1.conv_s, hidden_states, self.norm1)
-    hidden, _ = run(self.conv1.conv_t, hidden, None)
-    hidden, _ = _chain(run, self.conv2.conv_s, hidden, self.norm2, dropout=self.dropout)
-    return run(self.conv2.conv_t, hidden, None, residual=residual)[0]
+    hidden, _ = run(self.conv1.conv_t, hidden, None, may_overwrite=True)
+    residual = self.conv_shortcut(hidden_states)
+    hidden, _ = _chain(run, self.conv2.conv_s, hidden, self.norm2, dropout=self.dropout, may_overwrite=True)
+    return run(self.conv2.conv_t, hidden, None, residual=residual, may_overwrite=True)[0]
 
 
 def forward_previous_features(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """EasyAnimate (Magvit): the block says whether its norms look at frames alone."""
     run, per_frame = convolutions.run_previous_features, self.spatial_group_norm
-    shortcut = self.shortcut(hidden_states)
     hidden, _ = _chain(run, self.conv1, hidden_states, self.norm1, per_frame=per_frame)
+    shortcut = self.shortcut(hidden_states)
     hidden, _ = _chain(
-        run, self.conv2, hidden, self.norm2, dropout=self.dropout, residual=shortcut, per_frame=per_frame
-    )
+        run, self.conv2, hidden, self.norm2, dropout=self.dropout, residual=shortcut, per_frame=per_frame,
+        may_overwrite=True,
+    )  # fmt: skip
     return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
@@ -155,7 +167,7 @@ def forward_changed_dict(
             x = self.conv_shortcut(x, cache=layer_cache["conv_shortcut"])
         else:
             x = self.nin_shortcut(x)
-    return _chain(run, self.conv2, hidden, norm2, layer_cache["conv2"], residual=x)[0]
+    return _chain(run, self.conv2, hidden, norm2, layer_cache["conv2"], residual=x, may_overwrite=True)[0]
 
 
 def forward_changed_dict_kandinsky(
@@ -170,7 +182,8 @@ def forward_changed_dict_kandinsky(
         return (x, norm) if zq is None else (norm(x, zq, cache[name]), None)
 
     hidden, _ = _chain(run, self.conv1, *normed("norm1", hidden_states), cache["conv1"])
-    return _chain(run, self.conv2, *normed("norm2", hidden), cache["conv2"], residual=residual)[0]
+    hidden, norm2 = normed("norm2", hidden)
+    return _chain(run, self.conv2, hidden, norm2, cache["conv2"], residual=residual, may_overwrite=True)[0]
 
 
 def forward_modulated(
@@ -181,7 +194,6 @@ def forward_modulated(
     causal: bool | None = None,
 ) -> Tensor:
     """LTX, LTX-2: noise after a convolution, and shift and scale between norm and SiLU, where the block has them."""
-    run, options = convolutions.run_either_side, {"is_causal": causal}
     has_noise, has_table = self.per_channel_scale1 is not None, self.scale_shift_table is not None
     residual = inputs
     if self.norm3 is not None:
@@ -193,19 +205,58 @@ def forward_modulated(
         table = temb.unflatten(1, (4, -1)) + self.scale_shift_table[None, ..., None, None, None]
         shift_1, scale_1, shift_2, scale_2 = table.unbind(dim=1)
 
-    hidden = _rms_norm_channels(self.norm1, inputs)
-    if has_table:
-        hidden = hidden * (1 + scale_1) + shift_1
-    hidden, _ = _chain(run, self.conv1, hidden, None, **options)
+    modulations = ((scale_1, shift_1), (scale_2, shift_2)) if has_table else ((), ())
+    hidden = _modulated_chain(self.conv1, inputs, self.norm1, modulations[0], causal)
     if has_noise:
-        hidden = hidden + _noise(hidden, self.per_channel_scale1, generator)
-    hidden = _rms_norm_channels(self.norm2, hidden)
-    if has_table:
-        hidden = hidden * (1 + scale_2) + shift_2
+        hidden = add(hidden, _noise(hidden, self.per_channel_scale1, generator))
+    hidden = _modulated_chain(
+        self.conv2, hidden, self.norm2, modulations[1], causal, dropout=self.dropout,
+        residual=None if has_noise else residual, may_overwrite=True,
+    )  # fmt: skip
     if not has_noise:
-        return _chain(run, self.conv2, hidden, None, dropout=self.dropout, residual=residual, **options)[0]
-    hidden, _ = _chain(run, self.conv2, hidden, None, dropout=self.dropout, **options)
-    return hidden + _noise(hidden, self.per_channel_scale2, generator) + residual
+        return hidden
+    return add(hidden, _noise(hidden, self.per_channel_scale2, generator), residual)
+
+
+def _modulated_chain(
+    conv: nn.Module,
+    x: Tensor,
+    norm: nn.Module,
+    modulation: tuple[Tensor, ...],
+    is_causal: bool | None,
+    *,
+    dropout: nn.Module | None = None,
+    residual: Tensor | None = None,
+    may_overwrite: bool = False,
+) -> Tensor:
+    """conv(dropout(silu(norm(x) * (1 + scale) + shift))) + residual, on a CPU a few frames at a time."""
+
+    def prepared(frames: slice) -> Tensor:
+        hidden = _rms_norm_channels(norm, x[:, :, frames])
+        return hidden * (1 + modulation[0]) + modulation[1] if modulation else hidden
+
+    num_front, num_behind = convolutions.frames_around(conv, is_causal)
+    steps = frame_steps(x, num_behind + 1)
+    if len(steps) == 1 or (dropout is not None and dropout.training):
+        run = convolutions.run_either_side
+        return _chain(run, conv, prepared(slice(None)), None, dropout=dropout, residual=residual, is_causal=is_causal)[
+            0
+        ]
+    out, state, num_done = x if may_overwrite and conv.conv.out_channels == x.shape[1] else None, None, 0
+    for frames in steps:
+        hidden = prepared(frames)
+        if frames is steps[-1] and num_behind:
+            hidden = torch.cat([hidden, hidden[:, :, -1:].expand(-1, -1, num_behind, -1, -1)], 2)
+        step, state = convolutions.convolve(
+            conv.conv, hidden, time_padding="replicate", time_pad=num_front, state=state, return_state=True,
+            activation="silu",
+        )  # fmt: skip
+        results = slice(num_done, num_done + step.shape[2])
+        if out is None:
+            out = step.new_empty(*step.shape[:2], x.shape[2], *step.shape[3:])
+        out[:, :, results] = step if residual is None else step.add_(residual[:, :, results])
+        num_done = results.stop
+    return out
 
 
 def _rms_norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
@@ -231,6 +282,32 @@ def forward_first_chunk(self: nn.Module, x: Tensor, temb: Tensor | None) -> Tens
     return _chain(run, self.conv2, self.norm2(hidden), None, dropout=self.dropout, residual=x)[0]
 
 
+def keeps_frames_apart(module: nn.Module) -> bool:
+    """diffusers' residual block and upsampling of images, with a norm of each image if any."""
+    block = ("norm1", "norm2", "conv1", "conv2", "skip_time_act", "time_emb_proj")
+    if all(hasattr(module, name) for name in block):
+        return module.time_emb_proj is None and type(module.norm1) is type(module.norm2) is nn.GroupNorm
+    return all(hasattr(module, name) for name in ("use_conv_transpose", "interpolate")) and module.norm is None
+
+
+def forward_frames_apart(self: nn.Module, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Allegro: the module's own forward of frames (N, C, H, W) that it does not mix, on a CPU a few at a time."""
+
+    def run(frames: Tensor) -> Tensor:
+        return type(self).forward(self, frames, *args, **options)
+
+    steps = frame_steps(hidden_states.unsqueeze(0).transpose(1, 2), 1)
+    if self.training or len(steps) == 1 or any(each is not None for each in (*args, *options.values())):
+        return run(hidden_states)
+    out = None
+    for frames in steps:
+        step = run(hidden_states[frames])
+        if out is None:
+            out = step.new_empty(hidden_states.shape[0], *step.shape[1:])
+        out[frames] = step
+    return out
+
+
 def forward_temporal_layer(self: nn.Module, hidden_states: Tensor, batch_size: int) -> Tensor:
     """Allegro: four convolutions over frames that look both ways; GroupNorm sees the repeated first and last frame."""
     x = hidden_states.unflatten(0, (batch_size, -1)).permute(0, 2, 1, 3, 4)
@@ -241,11 +318,15 @@ def forward_temporal_layer(self: nn.Module, hidden_states: Tensor, batch_size: i
     else:
         identity = x
     is_padded = not (self.down_sample or self.up_sample)
-    x = _convolve_sequence(self.conv1, _repeat_ends(x) if is_padded else x)
+    wide = _repeat_ends(x) if is_padded else None
+    x = _convolve_sequence(self.conv1, x if wide is None else wide, may_overwrite=is_padded)
     if self.up_sample:
         x = x.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+    wide = _with_ends(x, wide)
     for sequence, residual in ((self.conv2, None), (self.conv3, None), (self.conv4, identity)):
-        x = _convolve_sequence(sequence, _repeat_ends(x), residual)
+        wide = _repeat_ends(x) if wide is None else wide
+        x = _convolve_sequence(sequence, wide, residual)
+        wide = _with_ends(x, wide)
     return x.permute(0, 2, 1, 3, 4).flatten(0, 1)
 
 
@@ -253,10 +334,20 @@ def _repeat_ends(x: Tensor) -> Tensor:
     return torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
 
 
-def _convolve_sequence(sequence: nn.Sequential, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def _with_ends(x: Tensor, wide: Tensor | None) -> Tensor | None:
+    """`wide` as `_repeat_ends(x)`, if x is what lies between its ends; else None."""
+    if wide is None or not may_write(x) or x.untyped_storage()._cdata != wide.untyped_storage()._cdata:
+        return None
+    wide[:, :, 0], wide[:, :, -1] = x[:, :, 0], x[:, :, -1]
+    return wide
+
+
+def _convolve_sequence(
+    sequence: nn.Sequential, x: Tensor, residual: Tensor | None = None, *, may_overwrite: bool = True
+) -> Tensor:
     def run(conv: nn.Conv3d, x: Tensor, cache: None, **fused: Any) -> tuple[Tensor, None]:
         return convolutions.convolve(conv, x, time_padding="none", **fused), None
 
     norm, *_, conv = sequence
     dropout = sequence[2] if len(sequence) == 4 else None
-    return _chain(run, conv, x, norm, dropout=dropout, residual=residual)[0]
+    return _chain(run, conv, x, norm, dropout=dropout, residual=residual, may_overwrite=may_overwrite)[0]

@@ -99,14 +99,17 @@ def forward_returned_cache(
 def run_either_side(
     module: nn.Module, x: Tensor, cache: None, is_causal: bool | None = None, **fused: Any
 ) -> tuple[Tensor, None]:
-    is_causal = module.is_causal if is_causal is None else is_causal
+    num_front, num_behind = frames_around(module, is_causal)
+    if num_behind:  # part of the clip: a norm per position sees them as it sees the last frame
+        x = torch.cat([x, x[:, :, -1:].expand(-1, -1, num_behind, -1, -1)], 2)
+    return convolve(module.conv, x, time_padding="replicate", time_pad=num_front, **fused), None
+
+
+def frames_around(module: nn.Module, is_causal: bool | None) -> tuple[int, int]:
+    """How many copies of the first frame stand before the clip, and of the last behind it."""
     num_around = module.kernel_size[0] - 1
-    if not is_causal:
-        # the copies behind become part of the clip: a norm per position sees them as it sees the last frame
-        num_around //= 2
-        if num_around:
-            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, num_around, -1, -1)], 2)
-    return convolve(module.conv, x, time_padding="replicate", time_pad=num_around, **fused), None
+    is_causal = module.is_causal if is_causal is None else is_causal
+    return (num_around, 0) if is_causal else (num_around // 2, num_around // 2)
 
 
 def forward_either_side(self: nn.Module, hidden_states: Tensor) -> Tensor:

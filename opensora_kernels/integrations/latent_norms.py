@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .norms import apply_norm, norm_of
+from .steps import may_write
 
 
 def is_latent_norm(module: nn.Module) -> bool:
@@ -35,8 +36,7 @@ def forward_latent_norm(
     scale, shift = (F.conv3d(zq, conv.weight, conv.bias) for conv in (self.conv_y.conv, self.conv_b.conv))
     has_first = f.shape[2] > 1 and f.shape[2] % 2 == 1
     parts = [(slice(0, 1), slice(0, 1)), (slice(1, None), slice(1, None))] if has_first else [(slice(None),) * 2]
-    # whoever records the forward, or differentiates it, wants a result of each step
-    if type(hidden) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if may_write(hidden):
         for frames, latents in parts:
             _modulate_in_place(hidden[:, :, frames], scale[:, :, latents], shift[:, :, latents])
         return hidden, dict.fromkeys(("conv_y", "conv_b"))

@@ -190,6 +190,10 @@ def _of_frames(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
     return [forward(x[0].transpose(0, 1))]
 
 
+def _of_frames_alone(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    return [forward(x[0].transpose(0, 1), None)]
+
+
 def _of_odd_and_even(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
     return [forward(x[:, :, :num_frames]) for num_frames in (1, 2, 3)]
 
@@ -308,15 +312,20 @@ def _is_downsampling(module: nn.Module) -> bool:
 
 
 def _upsamples_after_first(module: nn.Module) -> bool:
-    if not (_has(module, "conv", "upsample_factor") and _pads_causally(module.conv)):
-        return False
-    conv = module.conv.conv
     return (
-        module.conv.pad_mode == "replicate"
+        _has(module, "conv", "upsample_factor")
+        and _pads_plainly(module.conv)
         and module.upsample_factor[0] in (1, 2)
         and tuple(module.upsample_factor[1:]) == (2, 2)
-        and (conv.stride, conv.dilation, conv.groups) == ((1, 1, 1), (1, 1, 1), 1)
     )
+
+
+def _pads_plainly(module: nn.Module) -> bool:
+    """Copies of the border around a convolution that has no stride, dilation or groups."""
+    if not _pads_causally(module) or module.pad_mode != "replicate":
+        return False
+    conv = module.conv
+    return (conv.stride, conv.dilation, conv.groups) == ((1, 1, 1), (1, 1, 1), 1)
 
 
 def _is_plain_conv2d(conv: nn.Module, stride: int, padding: int) -> bool:
@@ -410,6 +419,11 @@ RECIPES = (
         ),
         resampling.upsample_then_remember, ("upsample_conv3d",), _twice, ("conv",),
     ),
+    Recipe(
+        lambda m: _has(m, "conv", "add_temporal_upsample", "repeats") and _pads_plainly(m.conv),
+        resampling.upsample_with_shortcut, ("causal_conv3d",), _once, ("conv", "conv.conv"), (1, 0, 3, 4, 4),
+    ),
+    Recipe(blocks.keeps_frames_apart, blocks.forward_frames_apart, ("a few frames at a time",), _of_frames_alone),
     Recipe(_is_downsampling, resampling.downsample_frames, ("causal_conv3d",), _of_frames, ("0", "1")),
     Recipe(_is_wan, convolutions.forward_padding_tuple, ("causal_conv3d",), _with_cache_argument),
     Recipe(_is_minimax, convolutions.forward_zeros_in_front, ("causal_conv3d",), _once),

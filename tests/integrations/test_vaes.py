@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from bench.families import FAMILIES, decode, encode
 from opensora_kernels import apply_opensora_kernels
+from opensora_kernels.integrations import steps
+from opensora_kernels.ops.causal_conv3d import library as causal_steps
+from opensora_kernels.ops.upsample_conv3d import library as upsampling_steps
 from tests.ops.accuracy import assert_accurate
 
 pytest.importorskip("diffusers", reason="the models are those of diffusers")
 
 DTYPES = [torch.float32, torch.bfloat16]
+DECODED_BY_STEPS = [name for name, family in FAMILIES.items() if not family.is_noisy]
 WITH_TILES = [name for name, family in FAMILIES.items() if family.tile]
 
 
@@ -52,6 +56,22 @@ def test_a_patched_vae_encodes_and_decodes_as_before(name: str, dtype: torch.dty
         assert_accurate(after[1], before[1], true_frames, f"{name} decode")
     else:  # the noise itself differs between dtypes
         torch.testing.assert_close(after[1], before[1])
+
+
+@pytest.mark.parametrize("name", DECODED_BY_STEPS)
+def test_steps_of_single_frames_decode_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+    for module in (causal_steps, upsampling_steps, steps):
+        monkeypatch.setattr(module, "STEP_BYTES", 1)
+    family = FAMILIES[name]
+    vae = family.build()
+    with torch.no_grad():
+        z = encode(vae, family.frames())
+        given, before = z.clone(), decode(vae, z)
+        apply_opensora_kernels(vae)
+        after, again = decode(vae, z), decode(vae, z)
+    assert torch.equal(z, given)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * before.abs().max().item())
+    assert torch.equal(after, again)
 
 
 @pytest.mark.parametrize("name", WITH_TILES)

@@ -267,3 +267,52 @@ def test_steps_of_a_few_frames_give_the_whole_clip(
         truth = causal_conv3d(x.double(), weight.double(), residual=residual.double(), **wide)
     for steps in results[1:]:
         assert_accurate(steps, results[0], truth, "steps", coarsest=dtype)
+
+
+@pytest.mark.parametrize("norm", [None, Norm("rms"), Norm("group", num_groups=2)], ids=["none", "rms", "clip"])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ((3, 3, 3), {"time_padding": "replicate", "space_padding": "replicate"}),
+        ((2, 1, 3), {"return_state": True}),
+        ((3, 1, 1), {"time_padding": "none"}),
+        ((1, 3, 3), {}),
+    ],
+)
+def test_a_result_that_overwrites_x_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, kernel: tuple[int, ...], options: Any, norm: Norm | None
+):
+    monkeypatch.setattr(library, "STEP_BYTES", 1)
+    x = torch.randn(1, 4, 7, 6, 5, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(4, 4, *kernel, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        kept, given = x.clone(), x.clone()
+        expected = causal_conv3d(kept, weight, norm=norm, activation="silu", **options)
+        found = causal_conv3d(given, weight, norm=norm, activation="silu", may_overwrite=True, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.equal(kept, x)
+    results = found if isinstance(found, tuple) else (found,)
+    assert results[0].untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    assert all(each.untyped_storage().data_ptr() != given.untyped_storage().data_ptr() for each in results[1:])
+
+
+def test_x_is_not_overwritten_where_gradients_or_another_size_need_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(library, "STEP_BYTES", 1)
+    x = torch.randn(1, 4, 7, 6, 5, generator=torch.Generator().manual_seed(0))
+    kept, weight = x.clone(), torch.randn(4, 4, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+    causal_conv3d(x, weight.clone().requires_grad_(), may_overwrite=True)
+    for options in ({"stride": (2, 1, 1)}, {"space_pad": (1, 1, 0, 0)}, {"time_pad": 3}):
+        with torch.no_grad():
+            causal_conv3d(x, weight, may_overwrite=True, **options)
+    with torch.no_grad():
+        causal_conv3d(x, weight[:2], may_overwrite=True)
+        causal_conv3d(x[:, :, :, ::2], weight, may_overwrite=True)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("num_frames", [2, 64])
+def test_autocast_gives_one_dtype_whatever_the_size(num_frames: int):
+    x, weight = torch.randn(1, 16, num_frames, 64, 64), torch.randn(16, 16, 3, 3, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert causal_conv3d(x, weight).dtype is torch.bfloat16
+        assert causal_conv3d(x, weight, may_overwrite=True).dtype is torch.bfloat16

@@ -116,12 +116,22 @@ def test_the_cpu_takes_the_library_and_says_why_it_sometimes_cannot():
     arguments = [drawn(1, 3, 2, 4, 5), drawn(4, 3, 1, 3, 3), None, "nearest_space", "zeros", "zeros", 0, [1, 1, 1, 1]]
     assert backends.choose("upsample_conv3d", *arguments, None) == "library"
     for index, value, reason in (
-        (3, "linear_time", "twice the rows and columns"),
         (1, drawn(4, 3, 1, 5, 5), "3 x 3 taps"),
         (0, drawn(0, 3, 2, 4, 5), "an empty clip"),
     ):
         others = [*arguments[:index], value, *arguments[index + 1 :], None]
         assert reason in backends.why_not("upsample_conv3d", "library", *others)
         assert backends.choose("upsample_conv3d", *others) == "reference"
+    assert "without a mix" in backends.why_not("upsample_conv3d", "library", *arguments, torch.ones(1))
     arguments[0].requires_grad_()
     assert backends.choose("upsample_conv3d", *arguments, None) == "reference"
+
+
+@pytest.mark.parametrize("num_frames", [1, 4])
+def test_interpolated_frames_are_mixed_the_same_with_and_without_gradients(num_frames: int):
+    x, weight, share = drawn(1, 3, num_frames, 4, 5), drawn(3, 3, 3, 3, 3, seed=1), torch.tensor([0.7]).double()
+    options = {"mode": "linear_time", "time_padding": "replicate", "mix_factor": share}
+    expected, kept = upsample_conv3d(x, weight.clone().requires_grad_(), **options), x.clone()
+    with torch.no_grad():
+        assert torch.equal(upsample_conv3d(x, weight, **options), expected)
+    assert torch.equal(x, kept)

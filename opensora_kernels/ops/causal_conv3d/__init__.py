@@ -46,6 +46,7 @@ def causal_conv3d(
     residual: Tensor | None = None,
     return_state: bool = False,
     return_statistics: bool = False,
+    may_overwrite: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """conv3d(pad(silu(norm(x)))) + bias + residual, where no output frame reads an input frame after it.
 
@@ -60,6 +61,8 @@ def causal_conv3d(
     run over the whole clip, provided that the norm does not look across frames (rms, per_frame, or given statistics).
     With `return_statistics` the last result is (B, O, T', 2) in fp32: mean and sum of squared deviations over (H', W')
     of each frame of the result, for `group_norm_silu(statistics=...)` or `Norm(statistics=...)` of the next layer.
+    `may_overwrite`: nobody reads x again, and the result may take its memory, as it does on a CPU without gradients;
+    without padding in time, that of the frames at the middle of each window.
     Returns the result alone, or a tuple (result[, state][, statistics]). channels_last_3d is kept.
     Numbers: accumulated in fp32; rounded to x's dtype after norm, after SiLU, after bias and after residual.
     Gradients: to every tensor, also through the returned state and statistics. The Triton backend computes what the
@@ -102,11 +105,16 @@ def causal_conv3d(
         check_shape(op, "residual", residual, (x.shape[0], weight.shape[0], *sizes), "(B, O, T', H', W')")
 
     shown = norm or _NO_NORM
-    out, *others = call(
-        op, x, weight, bias, strides, dilations, groups, time_padding, space_padding, num_front, margins, state,
+    values = (
+        x, weight, bias, strides, dilations, groups, time_padding, space_padding, num_front, margins, state,
         "" if norm is None else norm.kind, shown.weight, shown.bias, shown.num_groups, shown.eps, shown.per_frame,
         shown.statistics, activation or "", residual, return_state, return_statistics,
     )  # fmt: skip
+    room = library.room_for_result(*values) if may_overwrite else None
+    if room is not None and backends.choose(op, *values) == "library":
+        out, *others = library.causal_conv3d(*values, out=room)
+    else:
+        out, *others = call(op, *values)
     if return_state:  # autocast may have narrowed it, but the next chunk's x is like this one's
         others = [others[0].to(x.dtype), *others[1:]]
     return (out, *others) if others else out

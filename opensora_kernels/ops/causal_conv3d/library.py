@@ -11,9 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_kernels.norms import group_statistics, memory_format
+from opensora_kernels.causal_padding import pad_for_convolution, pad_time
+from opensora_kernels.norms import frame_statistics, group_statistics, memory_format
 
 from . import reference
 
@@ -22,7 +24,8 @@ from . import reference
 STEP_BYTES = 8 << 20
 
 
-def causal_conv3d(*values: Any) -> list[Tensor]:
+def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
+    """The result goes to `out` if there is one, which may be what `room_for_result` gives."""
     (x, weight, bias, stride, dilation, groups, time_padding, space_padding, time_pad, space_pad, state, norm,
      norm_weight, norm_bias, num_groups, eps, per_frame, statistics, activation, residual, return_state,
      return_statistics) = values  # fmt: skip
@@ -32,24 +35,71 @@ def causal_conv3d(*values: Any) -> list[Tensor]:
     looks_across_frames = norm == "group" and not per_frame
     if looks_across_frames and statistics is None:
         statistics = group_statistics(x, num_groups)
+    carries = dilation[0] * (weight.shape[2] - 1) + 1 > stride[0] or time_pad > 0 or state is not None
 
-    out, out_statistics, start, num_done = None, [], 0, 0
+    window, out_statistics, start, num_done, num_kept = None, [], 0, 0, 0
     for num_frames, num_results in steps:
         frames, results = slice(start, start + num_frames), slice(num_done, num_done + num_results)
-        step, state, *others = reference.causal_conv3d(
-            x[:, :, frames], weight, bias, stride, dilation, groups, time_padding, space_padding, time_pad, space_pad,
-            state, norm, norm_weight, norm_bias, num_groups, eps, per_frame,
+        hidden = reference.prepare(
+            x[:, :, frames], norm, norm_weight, norm_bias, num_groups, eps, per_frame,
             statistics if statistics is None or looks_across_frames else statistics[:, :, frames], activation,
-            None if residual is None else residual[:, :, results], True, return_statistics,
         )  # fmt: skip
-        if out is None:
+        hidden, padding = pad_for_convolution(hidden, 0, space_pad, "none", space_padding, None)
+        if window is None and carries:
+            front = None if state is None else pad_for_convolution(state, 0, space_pad, "none", space_padding, None)[0]
+            window = pad_time(hidden, time_pad, time_padding, front)
+            window = window.clone() if window is hidden else window  # it is written into
+        else:
+            window = _slide(window, num_kept, hidden) if carries else hidden
+        del hidden  # not held while the convolution makes its own copies
+        step = F.conv3d(window, weight, bias, stride, padding, dilation, groups)
+        num_kept = window.shape[2] - num_results * stride[0]
+        if residual is not None:
+            step.add_(residual[:, :, results])
+        if return_statistics:
+            out_statistics.append(frame_statistics(step))
+        if out is None:  # autocast chooses its dtype
             shape = (*step.shape[:2], sum(count for _, count in steps), *step.shape[3:])
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+            out = torch.empty(shape, dtype=step.dtype, device=x.device, memory_format=memory_format(x))
         out[:, :, results] = step
-        out_statistics += others
+        del step
         start, num_done = start + num_frames, num_done + num_results
     others = [torch.cat(out_statistics, 2)] if return_statistics else []
-    return [out, state, *others] if return_state else [out, *others]
+    if not return_state:
+        return [out, *others]
+    left, _, top, _ = space_pad if padding == [0, 0, 0] else [0] * 4
+    kept = window[:, :, window.shape[2] - num_kept :, top : top + x.shape[3], left : left + x.shape[4]]
+    return [out, kept.clone(memory_format=memory_format(x)), *others]
+
+
+def room_for_result(*values: Any) -> Tensor | None:
+    """The part of x whose memory the result may take: it fits, and what it takes has been read. None if there is none.
+
+    Without padding in time it is the frames of x at the middle of each window.
+    """
+    x, weight, _, stride, dilation, *_, time_pad, space_pad, state = values[:11]
+    if type(x) is not Tensor or not x.is_contiguous(memory_format=memory_format(x)):
+        return None
+    if torch.is_autocast_enabled(x.device.type):  # the result has another dtype
+        return None
+    before, *spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    num_missing = before - (time_pad if state is None else state.shape[2])
+    margins = [space_pad[2] + space_pad[3], space_pad[0] + space_pad[1]]
+    if list(stride) != [1, 1, 1] or margins != spans or weight.shape[0] != x.shape[1] or num_missing < 0:
+        return None
+    start = num_missing // 2
+    return x[:, :, start : start + x.shape[2] - num_missing]
+
+
+def _slide(window: Tensor, num_kept: int, hidden: Tensor) -> Tensor:
+    """The last `num_kept` frames of the window and those of `hidden`, in the window's own memory if they fill it."""
+    num_dropped = window.shape[2] - num_kept
+    if hidden.shape[2] != num_dropped:
+        return torch.cat([window[:, :, num_dropped:], hidden], 2)
+    for index in range(num_kept):
+        window[:, :, index] = window[:, :, index + num_dropped]
+    window[:, :, num_kept:] = hidden
+    return window
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Any, stride: list[int], dilation: list[int], *others: Any) -> str | None:

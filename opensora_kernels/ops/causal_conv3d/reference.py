@@ -34,14 +34,7 @@ def causal_conv3d(
     return_state: bool,
     return_statistics: bool,
 ) -> list[Tensor]:
-    hidden = x
-    if norm == "group":
-        hidden = group_norm(x, num_groups, norm_weight, norm_bias, eps, per_frame, statistics)
-    elif norm == "rms":
-        hidden = rms_norm_channels(x, norm_weight, norm_bias, eps)
-    if activation == "silu":
-        hidden = F.silu(hidden, inplace=hidden is not x and not torch.is_grad_enabled())
-
+    hidden = prepare(x, norm, norm_weight, norm_bias, num_groups, eps, per_frame, statistics, activation)
     padded, padding = pad_for_convolution(hidden, time_pad, space_pad, time_padding, space_padding, state)
     states = []
     if return_state:
@@ -58,6 +51,28 @@ def causal_conv3d(
     return results
 
 
+def prepare(
+    x: Tensor,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    per_frame: bool,
+    statistics: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """activation(norm(x)): x itself if there is neither."""
+    hidden = x
+    if norm == "group":
+        hidden = group_norm(x, num_groups, norm_weight, norm_bias, eps, per_frame, statistics)
+    elif norm == "rms":
+        hidden = rms_norm_channels(x, norm_weight, norm_bias, eps)
+    if activation == "silu":
+        hidden = F.silu(hidden, inplace=hidden is not x and not torch.is_grad_enabled())
+    return hidden
+
+
 def frames_from(
     start: int, x: Tensor, hidden: Tensor, time_pad: int, time_padding: str, state: Tensor | None
 ) -> Tensor:
@@ -68,4 +83,5 @@ def frames_from(
     num_front = time_pad if state is None else state.shape[2]
     if start >= num_front:
         return like(x, hidden[:, :, start - num_front :].clone())
-    return like(x, pad_time(hidden, time_pad, time_padding, state)[:, :, start:].clone())
+    front = None if state is None else state[:, :, start:]
+    return like(x, pad_time(hidden, num_front - start, time_padding, front))

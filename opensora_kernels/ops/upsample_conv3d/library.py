@@ -1,7 +1,8 @@
 """Twice the rows and columns, then a convolution of 3 x 3, on a CPU: four convolutions of 2 x 2 on the small clip.
 
 Row 2 i + r of the upsampled clip is row i, so that of the 3 taps around it two meet on one row of x and are summed.
-That leaves 16 of 36 multiplications, and neither an upsampled clip nor a padded copy of it.
+That leaves 16 of 36 multiplications, and neither an upsampled clip nor a padded copy of it. Where frames are
+interpolated the convolution runs by the steps of `causal_conv3d`.
 Axes: B batch, C channels, T frames, H height, W width, O output channels.
 """
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from opensora_kernels.causal_padding import pad_time
 from opensora_kernels.norms import memory_format
+from opensora_kernels.ops.causal_conv3d import causal_conv3d
+
+from . import reference
 
 STEP_BYTES = 8 << 20
 """Of the result that one step makes, as for `causal_conv3d`: larger steps leave the cache."""
@@ -32,6 +36,13 @@ def upsample_conv3d(
     space_pad: list[int],
     mix_factor: Tensor | None,
 ) -> Tensor:
+    if mode == "linear_time":
+        upsampled = reference.upsample_time(x)
+        out = causal_conv3d(
+            upsampled, weight, bias, time_padding=time_padding, time_pad=time_pad if time_padding != "none" else None,
+            space_padding=space_padding, space_pad=space_pad,
+        )  # fmt: skip
+        return out if mix_factor is None else reference.mix(torch.sigmoid(mix_factor), upsampled, out)
     weights = _summed(weight)
     num_samples, _, num_frames, height, width = x.shape
     num_more = weight.shape[2] - 1  # frames of x that a result reads before its own
@@ -90,10 +101,12 @@ def why_not(
 ) -> str | None:
     if x.device.type not in ("cpu", "meta"):  # on meta tensors memory is planned
         return f"it is made for the CPU's convolution, got tensors on {x.device.type}"
-    if mode != "nearest_space" or mix_factor is not None:
-        return "it is made for twice the rows and columns, without a mix"
     if not x.numel():
         return "an empty clip has no step"
+    if mode == "linear_time":
+        return None
+    if mix_factor is not None:
+        return "it is made for twice the rows and columns without a mix"
     if tuple(weight.shape[3:]) != (3, 3) or list(space_pad) != [1, 1, 1, 1]:
         return f"it is made for 3 x 3 taps with a border of one pixel, got {tuple(weight.shape[3:])} and {space_pad}"
     return None

@@ -27,10 +27,18 @@ def upsample_conv3d(
         upsampled = upsample_time(x)
     padded, padding = pad_for_convolution(upsampled, time_pad, space_pad, time_padding, space_padding, None)
     out = F.conv3d(padded, weight, bias, 1, padding)
+    del padded  # not held while the two are mixed
     if mix_factor is not None:
-        share = torch.sigmoid(mix_factor)
-        out = share * upsampled + (1 - share) * out
+        out = mix(torch.sigmoid(mix_factor), upsampled, out)
     return like(x, out)
+
+
+def mix(share: Tensor, plain: Tensor, learned: Tensor) -> Tensor:
+    """share * plain + (1 - share) * learned, in the memory of `learned` without gradients."""
+    if torch.is_grad_enabled() or share.dtype != learned.dtype:
+        return share * plain + (1 - share) * learned
+    # the same roundings, without two clips more
+    return learned.mul_(1 - share).add_(share * plain)
 
 
 def upsample_time(x: Tensor) -> Tensor:

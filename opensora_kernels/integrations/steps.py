@@ -1,0 +1,39 @@
+"""When a forward may write into what it made itself, and how many frames at a time it makes.
+
+Axes: B batch, C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STEP_BYTES = 8 << 20
+"""Of x that one step reads, as for `causal_conv3d` on a CPU."""
+
+
+def may_write(x: Tensor) -> bool:
+    """Whoever records the forward, or differentiates it, wants a result of each step."""
+    return type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def is_on_cpu(x: Tensor) -> bool:
+    """On meta tensors memory is planned."""
+    return x.device.type in ("cpu", "meta")
+
+
+def add(x: Tensor, *terms: Tensor) -> Tensor:
+    """x plus each of `terms` in turn, in x's memory where nobody else wants it."""
+    for term in terms:
+        x = x.add_(term) if may_write(x) else x + term
+    return x
+
+
+def frame_steps(x: Tensor, num_least: int) -> list[slice]:
+    """Slices of the frames of x_BCTHW, the first of at least `num_least`: steps on a CPU, elsewhere all of them."""
+    num_frames = x.shape[2]
+    if not may_write(x) or not is_on_cpu(x) or not x.numel():
+        return [slice(0, num_frames)]
+    each = max(1, STEP_BYTES * num_frames // x.nbytes)
+    stops = [*range(max(each, num_least), num_frames, each), num_frames]
+    return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
