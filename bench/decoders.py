@@ -21,6 +21,7 @@ from opensora.presets import open_sora_plan_v1_1
 from opensora.vae import CausalVideoVAE
 from opensora_kernels import apply_opensora_kernels
 from opensora_kernels.cases import Maker
+from opensora_kernels.vae import decoder_of
 
 Mode = Literal["whole", "tiled"]
 LatentSize = tuple[int, int, int]  # frames, height, width
@@ -163,7 +164,7 @@ def _pair_of_diffusers(vae: Any, z: Tensor) -> Pair:
         for each in (vae, patched):
             each.enable_tiling() if mode == "tiled" else each.disable_tiling()
 
-    return Pair(z, [*vae.decoder.parameters()], _decoding(vae), _decoding(patched), make_exact, set_mode)
+    return Pair(z, [*vae.decoder.parameters()], _decoding(vae), decoder_of(patched), make_exact, set_mode)
 
 
 def _decoding(vae: Any) -> Callable[[Tensor], Tensor]:

@@ -42,7 +42,7 @@ COLUMNS = {
 LEGEND = """\
 The largest difference, relative to the largest value of the whole clip: in percent, or in ULP of fp32 at that value
 (1.2e-7 of it); rms: of all differences, relative to the same value. One chunk: streaming gives all frames at once, for
-attention looks at all of them, or the model's own loop over frames is recorded as one step. -: see below."""
+something looks at all of them or the clip is one step of the model's own. -: see below."""
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
@@ -97,7 +97,7 @@ def measure(subject: Subject) -> Row:
     num_chunks: list[int] = []
 
     def streamed(z: Tensor) -> Tensor:
-        chunks = list(decode(subject.patched, z, plan=TilePlan(Streaming(1))))
+        chunks = list(decode(subject.streamed, z, plan=TilePlan(Streaming(1))))
         num_chunks.append(len(chunks))
         return torch.cat(chunks, 2)
 
@@ -169,6 +169,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", type=json_file, metavar="FILE", help="write every row there, with device, versions and commit")
     add("--plot", type=output_folder, metavar="DIR", help="write a picture of seams there, from the trained model")
     options = parser.parse_args(arguments)
+    options.models = [name for words in options.models for name in words.split(",") if name]
     check_device(parser, options.device)
     for name in options.models:
         if name not in vaes.names():

@@ -20,7 +20,7 @@ from opensora.data.shapes import generate
 from opensora.presets import open_sora_plan_v1_0, open_sora_plan_v1_1, tiny
 from opensora.vae import CausalVideoVAE, VAETiling, VideoVAE
 from opensora_kernels import apply_opensora_kernels
-from opensora_kernels.vae import Tiling
+from opensora_kernels.vae import Tiling, decoder_of
 
 Decode = Callable[[Tensor], Tensor]
 TILE, STRIDE = 4, 3  # latents: a quarter of a tile lies over its neighbour, as in most systems
@@ -36,7 +36,7 @@ class Subject:
 
     whole: the model's own decode in fp32, nothing cut. exact: the same in fp64. theirs: the model's own tiles. patched:
     on our operators, nothing cut; takes latents of any number of rows and columns. tiling: the numbers of the tiles.
-    factor: pixels of a latent.
+    factor: pixels of a latent. stepping: the patched model with its own loop over frames.
     """
 
     name: str
@@ -47,6 +47,12 @@ class Subject:
     patched: Decode
     tiling: Tiling
     factor: int
+    stepping: Decode | None = None
+
+    @property
+    def streamed(self) -> Decode:
+        """What streams: the patched model, by its own steps if it has any."""
+        return self.stepping or self.patched
 
 
 def names() -> list[str]:
@@ -118,7 +124,7 @@ def _open_sora_plan(version: Any, name: str, num_latents: int, device: str) -> S
 
 
 _OURS: dict[str, Callable[[str, int, str], Subject]] = {
-    "open_sora_1.2, trained": _trained,
+    "open_sora_1.2-trained": _trained,
     "open_sora_1.2": _random,
     "open_sora_plan_1.0": partial(_open_sora_plan, open_sora_plan_v1_0),
     "open_sora_plan_1.1": partial(_open_sora_plan, open_sora_plan_v1_1),
@@ -135,9 +141,10 @@ def _of_diffusers(name: str, num_latents: int, device: str) -> Subject:
     factor = _whole(plain, z).shape[4] // WIDTH
     apply_opensora_kernels(patched)
     double.double()
+    options = {"temb": torch.tensor([0.05]).to(z)} if getattr(patched.config, "timestep_conditioning", 0) else {}
     return Subject(
         name, z, partial(_whole, plain), lambda z: _whole(double, z.double()), _their_tiles(plain, factor),
-        partial(_whole, patched), tiling_of(factor), factor,
+        partial(_whole, patched), tiling_of(factor), factor, decoder_of(patched, **options),
     )  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def test_budgets_are_read_as_written(text: object, number: int):
     "case",
     [
         Case("open_sora", (1, 4, 9, 88, 88), 1.0),
-        Case("plan", (1, 4, 9, 80, 80), 0.6, "bfloat16"),
+        Case("plan", (1, 4, 13, 96, 96), 0.6, "bfloat16"),
     ],
     ids=lambda case: f"{case.model}-{case.dtype}",
 )
