@@ -11,11 +11,14 @@ from torch import nn
 
 from opensora_kernels.checks import check_choice
 
-from .recipes import Recipe, disagreement, recipe_of
+from .comparison import disagreement, likeness
+from .recipes import Recipe, recipe_of
 from .report import Entry, Report, is_patched, replace_forward, set_attribute
 from .tails import tails_of
 
 Quality = Literal["lossless", "high"]
+
+_PATCHED = "already patched"
 
 
 def apply_opensora_kernels(model: nn.Module, *, quality: Quality = "lossless") -> Report:
@@ -24,29 +27,29 @@ def apply_opensora_kernels(model: nn.Module, *, quality: Quality = "lossless") -
     Takes: a model of diffusers 0.42, such as `pipe.vae` or `pipe.transformer`, or anybody's module that is built like
     one; it is changed in place. Parameters, state_dict, classes, caches, tiling and hooks stay as they are: only
     forwards of single modules (and attention processors) are replaced, each after its result was compared with the
-    module's own on a small input. Modules that others have hooked into or replaced the forward of are left alone; hooks
-    that come later on a module that is part of a replaced one do not run.
+    module's own on a small input: one comparison for all modules of diffusers' own classes that differ in size alone,
+    one for each module of another class. Attributes that are changed later are not compared again. Modules that others
+    have hooked into or replaced the forward of are left alone; hooks that come later on a module that is part of a
+    replaced one do not run.
     quality: "lossless" rounds where the model rounds; "high" also fuses chains that round elsewhere: the norms of Wan's
     queries and keys.
     Returns a `Report` that names every module, what runs in its place or why it was left; `report.undo()` gives back
-    what was there before. A model that is patched already is not changed.
+    what was there before. Modules that are patched already are not changed: after a patch of `vae.decoder`, that of
+    `vae` adds the encoder, and each report takes back its own.
+    A patched model can be copied, pickled and saved whole; what loads it needs this package.
     Errors: TypeError unless model is a torch.nn.Module, ValueError for another quality.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_opensora_kernels: model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("apply_opensora_kernels", "quality", quality, Quality)
     library = _transformers_of(model)
-    has_our_attention = library is not None and library.has_our_backend(model)
-    if any(is_patched(module) for module in model.modules()) or has_our_attention:
-        left = [Entry(*_named(name, module), reason="already patched") for name, module in model.named_modules()]
-        return Report(left, is_already_patched=True)
-
-    report, entries, verdicts = Report(), {}, {}
+    report, entries, verdicts = Report(), _patched_before(model, library), {}
+    was_patched = bool(entries)
     chosen: dict[str, Recipe] = {}
     more = library.recipes(quality) if library else ()
     for name, module in model.named_modules():
         recipe = recipe_of(module, more)
-        if recipe is None:
+        if recipe is None or is_patched(module):
             continue
         reason = _why_not(module, recipe, verdicts)
         if reason is None:
@@ -57,19 +60,33 @@ def apply_opensora_kernels(model: nn.Module, *, quality: Quality = "lossless") -
             entries[name] = (recipe.operators, "") if reason is None else ((), reason)
     modules = dict(model.named_modules())
     for name, recipe in chosen.items():
-        replace_forward(report, modules[name], recipe.forward)
-    for name, forward, operator in tails_of(model, entries):
-        replace_forward(report, modules[name], forward)
+        replace_forward(report, name, modules[name], recipe.forward)
+    for name, forward, operator in tails_of(model):
+        replace_forward(report, name, modules[name], forward)
         entries[name] = ((operator,), "")
     if library:
         backend = library.register_attention_backend()
         for name, processor in library.processors_of(model):
-            set_attribute(report, processor, "_attention_backend", backend)
+            set_attribute(report, name, processor, "_attention_backend", backend)
             entries.setdefault(name, (("attention",), ""))
+    report.is_already_patched = was_patched and not report._undo
     for name, module in modules.items():
         operators, reason = entries.get(name, ((), ""))
         report.entries.append(Entry(*_named(name, module), operators, reason or _why_left(module, operators)))
     return report
+
+
+def _patched_before(model: nn.Module, library: ModuleType | None) -> dict[str, Any]:
+    """Entries of the modules that an earlier patch has changed, and of the parts that they do not call any more."""
+    more, entries = library.recipes("high") if library else (), {}
+    for name, module in model.named_modules():
+        if is_patched(module):
+            recipe = recipe_of(module, more)
+            for part in ("", *(recipe.parts if recipe else ())):
+                entries[_join(name, part) if part else name] = ((), _PATCHED)
+        elif library and library.has_our_backend(module):
+            entries[name] = ((), _PATCHED)
+    return entries
 
 
 def _transformers_of(model: nn.Module) -> ModuleType | None:
@@ -89,32 +106,20 @@ def _why_not(module: nn.Module, recipe: Recipe, verdicts: dict[Any, str | None])
             reason = f"{name}: {why_untouchable(children[name])}"
     if reason is not None:
         return reason
-    key = _likeness(module, recipe)
+    key = likeness(module, recipe)
+    if key is None:
+        return disagreement(recipe, module)
     if key not in verdicts:
         verdicts[key] = disagreement(recipe, module)
     return verdicts[key]
 
 
 def why_untouchable(module: nn.Module) -> str | None:
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not is_patched(module):
         return "somebody else has replaced its forward"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks, which would not run inside a fused chain"
     return None
-
-
-def _likeness(module: nn.Module, recipe: Recipe) -> tuple[Any, ...]:
-    """Equal for modules that differ in the number of channels alone, of which one comparison speaks for all."""
-    parts = [(name, type(part)) for name, part in module.named_modules()]
-    weights = [(name, parameter.shape[2:], parameter.dtype) for name, parameter in module.named_parameters()]
-    settings = [
-        (name, attribute, value)
-        for name, part in module.named_modules()
-        for attribute, value in sorted(part.__dict__.items())
-        if isinstance(value, (bool, int, float, str, tuple, type(None)))
-        and not any(word in attribute for word in ("channels", "dim", "features", "scale"))
-    ]
-    return (id(recipe), repr(parts), repr(weights), repr(settings))
 
 
 def _why_left(module: nn.Module, operators: tuple[str, ...]) -> str:

@@ -183,13 +183,6 @@ def forward_changed_dict(self: nn.Module, input: Tensor, cache: dict[str, Any]) 
     return run_changed_dict(self, input, cache)[0]
 
 
-def forward_replicate(self: nn.Module, input: Tensor) -> Tensor:
-    """KVAE's convolution without a cache."""
-    horizontal, vertical = self.width_pad, self.height_pad
-    space = ("replicate", (horizontal, horizontal, vertical, vertical))
-    return convolve(self.conv, input, space, time_padding="replicate", time_pad=self.time_pad)
-
-
 # VidTok: the module holds all frames that it read, of which the next chunk needs the last `time_pad`.
 def run_first_chunk(module: nn.Module, x: Tensor, cache: None, **fused: Any) -> tuple[Tensor, None]:
     num_front = module.time_pad

@@ -33,6 +33,8 @@ def register_attention_backend() -> AttentionBackendName:
     # diffusers 0.42 keeps its backends in an Enum, which has no way of its own to take one more
     member = str.__new__(AttentionBackendName, BACKEND)
     member._name_, member._value_ = BACKEND.upper(), BACKEND
+    # a pickled processor registers it where it is loaded
+    member.__reduce_ex__ = lambda protocol: (register_attention_backend, ())
     AttentionBackendName._member_map_[member._name_] = member
     AttentionBackendName._value2member_map_[BACKEND] = member
     AttentionBackendName._member_names_.append(member._name_)
@@ -61,42 +63,45 @@ def _attend(
     )  # fmt: skip
 
 
-def _forward_wan_attention(is_high: bool) -> Forward:
-    def forward(
-        self: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Wan: the mean square over all heads of a token; pairs of neighbours turn."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        is_ours = self.add_k_proj is None and not options and isinstance(self.processor, self._default_processor_cls)
-        if not is_ours or getattr(self, "fused_projections", False):
-            return type(self).forward(
-                self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **options
-            )  # fmt: skip
-        query, key, value = self.to_q(hidden_states), self.to_k(context), self.to_v(context)
-        weights: dict[str, Any] = {}
-        if is_high and self.norm_q.eps == self.norm_k.eps:  # torch's RMSNorm rounds once, this operator twice
-            weights = {"q_weight": self.norm_q.weight, "k_weight": self.norm_k.weight, "norm_scope": "token"}
-            weights["eps"] = self.norm_q.eps
-        else:
-            query, key = self.norm_q(query), self.norm_k(key)
-        query, key, value = (x.unflatten(2, (self.heads, -1)) for x in (query, key, value))
-        if rotary_emb is not None:
-            cos, sin = rotary_emb
-            weights |= {"cos": cos[0, :, 0, 0::2], "sin": sin[0, :, 0, 1::2]}
-        query, key = qk_norm_rope(query, key, **weights)
-        processor = self.processor
-        out = dispatch_attention_fn(
-            query, key, value, attn_mask=attention_mask, backend=processor._attention_backend,
-            parallel_config=processor._parallel_config if encoder_hidden_states is None else None,
-        ).flatten(2, 3).type_as(query)  # fmt: skip
-        return self.to_out[1](self.to_out[0](out))
+def _forward_wan_attention(
+    self: nn.Module,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+    *,
+    is_high: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Wan: the mean square over all heads of a token; pairs of neighbours turn."""
+    context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    is_ours = self.add_k_proj is None and not options and isinstance(self.processor, self._default_processor_cls)
+    if not is_ours or getattr(self, "fused_projections", False):
+        return type(self).forward(
+            self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **options
+        )  # fmt: skip
+    query, key, value = self.to_q(hidden_states), self.to_k(context), self.to_v(context)
+    weights: dict[str, Any] = {}
+    if is_high and self.norm_q.eps == self.norm_k.eps:  # torch's RMSNorm rounds once, this operator twice
+        weights = {"q_weight": self.norm_q.weight, "k_weight": self.norm_k.weight, "norm_scope": "token"}
+        weights["eps"] = self.norm_q.eps
+    else:
+        query, key = self.norm_q(query), self.norm_k(key)
+    query, key, value = (x.unflatten(2, (self.heads, -1)) for x in (query, key, value))
+    if rotary_emb is not None:
+        cos, sin = rotary_emb
+        weights |= {"cos": cos[0, :, 0, 0::2], "sin": sin[0, :, 0, 1::2]}
+    query, key = qk_norm_rope(query, key, **weights)
+    processor = self.processor
+    out = dispatch_attention_fn(
+        query, key, value, attn_mask=attention_mask, backend=processor._attention_backend,
+        parallel_config=processor._parallel_config if encoder_hidden_states is None else None,
+    ).flatten(2, 3).type_as(query)  # fmt: skip
+    return self.to_out[1](self.to_out[0](out))
 
-    return forward
+
+def _forward_wan_attention_high(self: nn.Module, *args: Any, **options: Any) -> Tensor:
+    return _forward_wan_attention(self, *args, **options, is_high=True)
 
 
 def _forward_wan_block(
@@ -291,7 +296,7 @@ def recipes(quality: str) -> tuple[Recipe, ...]:
     wan = ("qk_norm_rope", "attention") if is_high else ("qk_norm_rope(rope)", "attention")
     return (
         Recipe(
-            _is_wan_attention, _forward_wan_attention(is_high), wan, _rehearse_wan,
+            _is_wan_attention, _forward_wan_attention_high if is_high else _forward_wan_attention, wan, _rehearse_wan,
             ("norm_q", "norm_k") if is_high else (), tokens,
         ),
         Recipe(
@@ -324,10 +329,10 @@ def processors_of(model: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
-def has_our_backend(model: nn.Module) -> bool:
-    """Whether `model`'s processors have been given this package's attention by a patch, rather than by their user."""
-    backends = [getattr(getattr(module, "processor", None), "_attention_backend", None) for module in model.modules()]
-    return any(getattr(backend, "value", None) == BACKEND for backend in backends) and not _is_active()
+def has_our_backend(module: nn.Module) -> bool:
+    """Whether `module`'s processor has been given this package's attention by a patch, rather than by its user."""
+    backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
+    return getattr(backend, "value", None) == BACKEND and not _is_active()
 
 
 def _is_active() -> bool:

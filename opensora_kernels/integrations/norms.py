@@ -53,10 +53,6 @@ def apply_norm(norm: Norm, x: Tensor, activation: str | None) -> Tensor:
     )
 
 
-def norm_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return apply_norm(norm_of(self), x, None)
-
-
 def norm_silu_forward(self: nn.Module, x: Tensor) -> Tensor:
     return apply_norm(norm_of(self), x, "silu")
 

@@ -1,28 +1,40 @@
 """Which forward takes the place of which module: recognised by its attributes, confirmed by running both.
 
-Attributes say what a module might be. What it is, its own forward says: `disagreement` runs it and the replacement on
-the same small input, from one chunk to the next where there is a cache.
+Attributes say what a module might be. What it is, its own forward says: `comparison` runs it and the replacement on the
+same small input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import blocks, convolutions, latent_norms, resampling
 from .norms import norm_of
-
-Forward = Callable[..., Any]
-Rehearsal = Callable[[nn.Module, Forward, Tensor], list[Tensor]]
-
-# Of the result's scale. fp32 rounds to 1e-7 from layer to layer, as do fp64 models with norms in fp32, bf16 to 4e-3;
-# another padding or norm is a good part of the scale away.
-_FINE_TOLERANCE, _COARSE_TOLERANCE = 1e-4, 0.05
+from .rehearsals import (
+    Forward,
+    Rehearsal,
+    of_frames,
+    of_frames_alone,
+    of_odd_and_even,
+    of_one_video,
+    once,
+    twice,
+    with_cache_argument,
+    with_changed_dict,
+    with_either,
+    with_embedding,
+    with_embedding_of_none,
+    with_feature_list,
+    with_latent,
+    with_latent_and_returned_cache,
+    with_layer_cache,
+    with_own_cache,
+    with_returned_cache,
+)
 
 
 @dataclass(frozen=True)
@@ -42,164 +54,6 @@ class Recipe:
 def recipe_of(module: nn.Module, more: tuple[Recipe, ...] = ()) -> Recipe | None:
     """The first recipe whose attributes `module` has, of those for convolutions and of `more`."""
     return next((recipe for recipe in (*RECIPES, *more) if recipe.matches(module)), None)
-
-
-def disagreement(recipe: Recipe, module: nn.Module) -> str | None:
-    """How the recipe's results differ from the module's own, as a sentence; None if they agree."""
-    weight = _first_weight(module)
-    if weight.is_meta:
-        return "its weights are on the meta device, so that it can't be compared with ours"
-    shape = [size or _num_channels(module, weight) for size in recipe.shape]
-    # its own generator: the model's random numbers stay as they would be
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    try:
-        with _as_it_was(module), torch.no_grad():
-            module.eval()
-            expected = recipe.rehearse(module, module.forward, x)
-        with _as_it_was(module), torch.no_grad():
-            module.eval()
-            found = recipe.rehearse(module, lambda *args, **options: recipe.forward(module, *args, **options), x)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        return f"it is not built like what it resembles: on a small input {type(error).__name__}: {error}"
-    tolerance = _FINE_TOLERANCE if weight.dtype in (torch.float32, torch.float64) else _COARSE_TOLERANCE
-    for theirs, ours in zip(expected, found, strict=True):
-        if theirs.shape != ours.shape:
-            return f"ours gives the shape {tuple(ours.shape)} for a small input, its own forward {tuple(theirs.shape)}"
-        error, scale = (theirs.double() - ours.double()).abs().max().item(), theirs.double().abs().max().item()
-        if not error <= tolerance * scale:
-            return f"ours differs by {error:.2g} from its own forward on a small input of scale {scale:.2g}"
-    return None
-
-
-@contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Modules keep frames, flags and caches in their own dictionaries."""
-    kept = [(part, dict(part.__dict__)) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, attributes in kept:
-            part.__dict__.clear()
-            part.__dict__.update(attributes)
-
-
-def _first_weight(module: nn.Module) -> Tensor:
-    """Of a convolution if there is one, else of a linear layer."""
-    parameters = list(module.parameters())
-    kernels = [parameter for parameter in parameters if parameter.dim() >= 4]
-    return kernels[0] if kernels else next(parameter for parameter in parameters if parameter.dim() == 2)
-
-
-def _num_channels(module: nn.Module, weight: Tensor) -> int:
-    for name in ("conv1", "conv"):
-        inner = getattr(module, name, None)
-        if isinstance(inner, nn.Module) and weight.dim() >= 4:
-            return _num_channels(inner, _first_weight(inner))
-    return weight.shape[1] * getattr(module, "groups", 1)
-
-
-def _once(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    return [forward(x)]
-
-
-def _twice(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    """Modules that keep frames themselves."""
-    first = forward(x)
-    for part in module.modules():
-        if hasattr(part, "is_first_chunk"):
-            part.is_first_chunk = False
-    return [first, forward(x.flip(2))]
-
-
-def _with_cache_argument(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    return [forward(x), forward(x, x[:, :, :1]), forward(x, x[:, :, -2:])]
-
-
-def _with_returned_cache(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    out, cache = forward(x)
-    return [out, forward(x.flip(2), conv_cache=cache)[0]]
-
-
-def _with_changed_dict(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    cache = {"padding": None}
-    return [forward(x, cache), forward(x.flip(2)[:, :, :2], cache)]
-
-
-def _with_either(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    return [forward(x, causal=True), forward(x, causal=False)]
-
-
-def _with_feature_list(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    cache: list[Any] = [None] * 3
-    return [forward(x), forward(x[:, :, :1], cache, [0]), forward(x, cache, [0]), forward(x, cache, [0])]
-
-
-def _with_latent_and_returned_cache(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    options = {}
-    if hasattr(module.norm1, "conv_y"):
-        options["zq"] = x[:, :1].expand(-1, module.norm1.conv_y.conv.in_channels, -1, -1, -1)
-    out, cache = forward(x, None, **options)
-    return [out, forward(x.flip(2), None, **options, conv_cache=cache)[0]]
-
-
-def _with_latent(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    latent = x.flip(2)
-    clip = x[:, :1].expand(-1, module.norm_layer.num_channels, -1, -1, -1) * torch.linspace(
-        0.5, 2, module.norm_layer.num_channels, dtype=x.dtype, device=x.device
-    ).view(-1, 1, 1, 1)
-    small = latent[:, :, :2, ::2, ::2]
-    return [forward(clip, small)[0], forward(clip[:, :, :2], small[:, :, :1])[0], forward(clip[..., 1:], small)[0]]
-
-
-def _with_layer_cache(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    def norm_cache() -> dict[str, Any]:
-        return {"mean": None, "var": None, "norm": {}, "add_conv": {"padding": None}}
-
-    options = {}
-    if hasattr(module.norm1, "conv_y"):
-        options["zq"] = x[:, :1].expand(-1, module.norm1.conv_y.in_channels, -1, -1, -1)
-    cache = {name: {"padding": None} for name in ("conv1", "conv2", "conv_shortcut")}
-    cache |= {"norm1": norm_cache(), "norm2": norm_cache()}
-    return [forward(x, None, cache, **options), forward(x.flip(2), None, cache, **options)]
-
-
-def _with_own_cache(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    options, cache = {}, module.make_cache()
-    if hasattr(module.norm1, "conv_y"):
-        options["zq"] = x[:, :1].expand(-1, module.norm1.conv_y.in_channels, -1, -1, -1)
-    return [forward(x, cache, **options), forward(x.flip(2), cache, **options)]
-
-
-def _with_embedding(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    def options() -> dict[str, Any]:
-        found: dict[str, Any] = {"generator": torch.Generator(x.device).manual_seed(0)}
-        if module.scale_shift_table is not None:
-            found["temb"] = x[:, :1, :1, :1, :1].expand(-1, module.scale_shift_table.numel(), -1, -1, -1)
-        return found
-
-    if hasattr(module.conv1, "is_causal"):
-        return [forward(x, **options())]
-    return [forward(x, **options(), causal=True), forward(x, **options(), causal=False)]
-
-
-def _with_embedding_of_none(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    return _twice(module, lambda x: forward(x, None), x)
-
-
-def _of_frames(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    return [forward(x[0].transpose(0, 1))]
-
-
-def _of_frames_alone(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    return [forward(x[0].transpose(0, 1), None)]
-
-
-def _of_odd_and_even(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    return [forward(x[:, :, :num_frames]) for num_frames in (1, 2, 3)]
-
-
-def _of_one_video(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
-    return [forward(x[0].transpose(0, 1), batch_size=1)]
 
 
 def _has(module: Any, *names: str) -> bool:
@@ -350,27 +204,27 @@ RECIPES = (
         lambda m: (
             (_is_block(m, _pads_causally, "conv_shortcut") or _is_block(m, _is_minimax, "conv_shortcut")) and _normed(m)
         ),
-        blocks.forward_plain, _CHAIN, _once, _NORMS,
+        blocks.forward_plain, _CHAIN, once, _NORMS,
     ),
     Recipe(
         lambda m: _is_block(m, _is_wan, "conv_shortcut", "dropout") and _normed(m),
-        blocks.forward_feature_list, _CHAIN, _with_feature_list, _NORMS,
+        blocks.forward_feature_list, _CHAIN, with_feature_list, _NORMS,
     ),
     Recipe(
         lambda m: _is_block(m, _returns_cache, "spatial_norm_dim", "dropout") and _normed_or_modulated(m),
-        blocks.forward_returned_cache, _CHAIN, _with_latent_and_returned_cache, _NORMS,
+        blocks.forward_returned_cache, _CHAIN, with_latent_and_returned_cache, _NORMS,
     ),
     Recipe(
         lambda m: _is_block(m, _returns_cache) and not hasattr(m, "dropout") and _normed(m),
-        blocks.forward_returned_cache_mochi, _CHAIN, _with_returned_cache, _NORMS,
+        blocks.forward_returned_cache_mochi, _CHAIN, with_returned_cache, _NORMS,
     ),
     Recipe(
         lambda m: _is_block(m, _is_space_and_time, "conv_shortcut", "dropout") and _normed(m),
-        blocks.forward_pairs, _CHAIN, _once, (*_NORMS, "conv1", "conv2"),
+        blocks.forward_pairs, _CHAIN, once, (*_NORMS, "conv1", "conv2"),
     ),
     Recipe(
         lambda m: _is_block(m, _is_magvit, "shortcut", "spatial_group_norm", "dropout") and _normed(m),
-        blocks.forward_previous_features, _CHAIN, _twice, _NORMS,
+        blocks.forward_previous_features, _CHAIN, twice, _NORMS,
     ),
     Recipe(
         lambda m: (
@@ -378,11 +232,11 @@ RECIPES = (
             and not hasattr(m, "make_cache")
             and _normed_or_modulated(m)
         ),
-        blocks.forward_changed_dict, _CHAIN, _with_layer_cache, _NORMS,
+        blocks.forward_changed_dict, _CHAIN, with_layer_cache, _NORMS,
     ),
     Recipe(
         lambda m: _is_block(m, _changes_dict, "make_cache") and _normed_or_modulated(m),
-        blocks.forward_changed_dict_kandinsky, _CHAIN, _with_own_cache, _NORMS,
+        blocks.forward_changed_dict_kandinsky, _CHAIN, with_own_cache, _NORMS,
     ),
     Recipe(
         lambda m: (
@@ -390,25 +244,25 @@ RECIPES = (
             and _is_ltx_norm(m.norm1)
             and _is_ltx_norm(m.norm2)
         ),
-        blocks.forward_modulated, ("rms_norm", *_MODULATED), _with_embedding, _NORMS,
+        blocks.forward_modulated, ("rms_norm", *_MODULATED), with_embedding, _NORMS,
     ),
     Recipe(
         lambda m: _is_block(m, _is_vidtok, "use_conv_shortcut", "dropout"),
-        blocks.forward_first_chunk, _MODULATED, _with_embedding_of_none, ("nonlinearity",),
+        blocks.forward_first_chunk, _MODULATED, with_embedding_of_none, ("nonlinearity",),
     ),
-    Recipe(_is_temporal_layer, blocks.forward_temporal_layer, _CHAIN, _of_one_video, _SEQUENCES, (1, 0, 4, 4, 4)),
+    Recipe(_is_temporal_layer, blocks.forward_temporal_layer, _CHAIN, of_one_video, _SEQUENCES, (1, 0, 4, 4, 4)),
     Recipe(
-        latent_norms.is_latent_norm, latent_norms.forward_latent_norm, ("group_norm_silu",), _with_latent,
+        latent_norms.is_latent_norm, latent_norms.forward_latent_norm, ("group_norm_silu",), with_latent,
         ("norm_layer", "conv_y", "conv_y.conv", "conv_b", "conv_b.conv"), (1, 0, 3, 4, 6),
     ),
-    Recipe(_is_upsampling, resampling.upsample_frames, ("upsample_conv3d",), _of_frames, ("0", "1")),
+    Recipe(_is_upsampling, resampling.upsample_frames, ("upsample_conv3d",), of_frames, ("0", "1")),
     Recipe(
-        _upsamples_after_first, resampling.upsample_after_first, ("upsample_conv3d",), _once, ("conv", "conv.conv"),
+        _upsamples_after_first, resampling.upsample_after_first, ("upsample_conv3d",), once, ("conv", "conv.conv"),
         (1, 0, 3, 4, 4),
     ),
     Recipe(
         lambda m: _has(m, "conv", "compress_time") and not _has(m, "norm") and _is_plain_conv2d(m.conv, 1, 1),
-        resampling.upsample_then_frames, ("upsample_conv3d",), _of_odd_and_even, ("conv",),
+        resampling.upsample_then_frames, ("upsample_conv3d",), of_odd_and_even, ("conv",),
     ),
     Recipe(
         lambda m: (
@@ -417,32 +271,32 @@ RECIPES = (
             and m.conv.t_stride == 1
             and m.conv.kernel_size[1:] == (3, 3)
         ),
-        resampling.upsample_then_remember, ("upsample_conv3d",), _twice, ("conv",),
+        resampling.upsample_then_remember, ("upsample_conv3d",), twice, ("conv",),
     ),
     Recipe(
         lambda m: _has(m, "conv", "add_temporal_upsample", "repeats") and _pads_plainly(m.conv),
-        resampling.upsample_with_shortcut, ("causal_conv3d",), _once, ("conv", "conv.conv"), (1, 0, 3, 4, 4),
+        resampling.upsample_with_shortcut, ("causal_conv3d",), once, ("conv", "conv.conv"), (1, 0, 3, 4, 4),
     ),
-    Recipe(blocks.keeps_frames_apart, blocks.forward_frames_apart, ("a few frames at a time",), _of_frames_alone),
-    Recipe(_is_downsampling, resampling.downsample_frames, ("causal_conv3d",), _of_frames, ("0", "1")),
-    Recipe(_is_wan, convolutions.forward_padding_tuple, ("causal_conv3d",), _with_cache_argument),
-    Recipe(_is_minimax, convolutions.forward_zeros_in_front, ("causal_conv3d",), _once),
-    Recipe(_is_magvit, convolutions.forward_previous_features, ("causal_conv3d",), _twice),
+    Recipe(blocks.keeps_frames_apart, blocks.forward_frames_apart, ("a few frames at a time",), of_frames_alone),
+    Recipe(_is_downsampling, resampling.downsample_frames, ("causal_conv3d",), of_frames, ("0", "1")),
+    Recipe(_is_wan, convolutions.forward_padding_tuple, ("causal_conv3d",), with_cache_argument),
+    Recipe(_is_minimax, convolutions.forward_zeros_in_front, ("causal_conv3d",), once),
+    Recipe(_is_magvit, convolutions.forward_previous_features, ("causal_conv3d",), twice),
     Recipe(
         lambda m: _is_conv3d(m, "temporal_pad", "spatial_pad", "pad_mode"),
-        convolutions.forward_temporal_pad, ("causal_conv3d",), _once,
+        convolutions.forward_temporal_pad, ("causal_conv3d",), once,
     ),
-    Recipe(_pads_causally, convolutions.forward_causal_padding, ("causal_conv3d",), _once, ("conv",)),
-    Recipe(_returns_cache, convolutions.forward_returned_cache, ("causal_conv3d",), _with_returned_cache, ("conv",)),
-    Recipe(_is_vidtok, convolutions.forward_first_chunk, ("causal_conv3d",), _twice, ("conv",)),
+    Recipe(_pads_causally, convolutions.forward_causal_padding, ("causal_conv3d",), once, ("conv",)),
+    Recipe(_returns_cache, convolutions.forward_returned_cache, ("causal_conv3d",), with_returned_cache, ("conv",)),
+    Recipe(_is_vidtok, convolutions.forward_first_chunk, ("causal_conv3d",), twice, ("conv",)),
     Recipe(
         lambda m: _takes_either_side(m) and hasattr(m, "is_causal"),
-        convolutions.forward_either_side, ("causal_conv3d",), _once, ("conv",),
+        convolutions.forward_either_side, ("causal_conv3d",), once, ("conv",),
     ),
     Recipe(
         lambda m: _takes_either_side(m) and not hasattr(m, "is_causal"),
-        convolutions.forward_either_side_by_argument, ("causal_conv3d",), _with_either, ("conv",),
+        convolutions.forward_either_side_by_argument, ("causal_conv3d",), with_either, ("conv",),
     ),
-    Recipe(_changes_dict, convolutions.forward_changed_dict, ("causal_conv3d",), _with_changed_dict, ("conv",)),
-    Recipe(_pads_frames_only, convolutions.forward_frames, ("causal_conv3d",), _once),
+    Recipe(_changes_dict, convolutions.forward_changed_dict, ("causal_conv3d",), with_changed_dict, ("conv",)),
+    Recipe(_pads_frames_only, convolutions.forward_frames, ("causal_conv3d",), once),
 )  # fmt: skip

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import nn
-
-# Carried by every forward that is put on a module, so that a second patch of the same model is seen. The key is in the
-# function's own dictionary: nothing is written to the module but its forward.
-_MARK = "is_of_opensora_kernels"
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,8 @@ class Report:
         return [entry for entry in self.entries if not entry.operators]
 
     def undo(self) -> None:
-        """Give every module back what it had. A second call does nothing; nor does that of an already patched model."""
+        """Give every module back what it had before this report's patch. A second call does nothing; nor does that of
+        an already patched model. What somebody has put on top since stays, with a warning that names the module."""
         while self._undo:
             self._undo.pop()()
 
@@ -71,20 +69,46 @@ class Report:
         return lines
 
 
-def replace_forward(report: Report, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Put `forward(module, ...)` on this very module, not on its class."""
-    setattr(forward, _MARK, True)
-    module.__dict__["forward"] = MethodType(forward, module)
-    report._undo.append(lambda: module.__dict__.pop("forward", None))
+def replace_forward(report: Report, name: str, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Put `forward(module, ...)` on this very module, not on its class; `name` is its path in the model.
+
+    A partial, since a bound method is pickled by a name that the module does not have.
+    """
+    ours = module.__dict__["forward"] = partial(forward, module)
+
+    def undo() -> None:
+        if module.__dict__.get("forward") is ours:
+            del module.__dict__["forward"]
+        elif "forward" in module.__dict__:
+            _warn_left(name, "forward")
+
+    report._undo.append(undo)
 
 
-def set_attribute(report: Report, owner: Any, name: str, value: Any) -> None:
-    """Set an attribute that shadows one of the owner's class; undo takes it away again."""
-    had, previous = name in owner.__dict__, owner.__dict__.get(name)
-    setattr(owner, name, value)
-    report._undo.append(lambda: setattr(owner, name, previous) if had else owner.__dict__.pop(name, None))
+def set_attribute(report: Report, name: str, owner: Any, attribute: str, value: Any) -> None:
+    """Set an attribute that shadows one of the owner's class; undo takes it away again. `name`: the module's path."""
+    had, previous = attribute in owner.__dict__, owner.__dict__.get(attribute)
+    setattr(owner, attribute, value)
+
+    def undo() -> None:
+        if owner.__dict__.get(attribute) is not value:
+            _warn_left(name, attribute)
+        elif had:
+            setattr(owner, attribute, previous)
+        else:
+            del owner.__dict__[attribute]
+
+    report._undo.append(undo)
+
+
+def _warn_left(name: str, attribute: str) -> None:
+    message = f"undo: {attribute} of {name or 'the model'} has been replaced since the patch, and is left as it is"
+    warnings.warn(message, stacklevel=4)
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether the module's forward is one that `replace_forward` put there."""
-    return getattr(getattr(module.__dict__.get("forward"), "__func__", None), _MARK, False)
+    """Whether the module's forward is one that `replace_forward` put there, in this process or before it was saved."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, partial) or forward.args[:1] != (module,):
+        return False
+    return getattr(forward.func, "__module__", "").startswith(f"{__package__}.")

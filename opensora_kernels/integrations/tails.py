@@ -13,13 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from .norms import identity_forward, norm_of, norm_silu_forward
+from .comparison import disagreement_on
+from .norms import apply_norm, identity_forward, norm_of, norm_silu_forward
+from .rehearsals import once
 
 _NORMS = ("norm_out", "conv_norm_out")
 _ACTIVATIONS = ("conv_act", "nonlinearity")
 
 
-def tails_of(model: nn.Module, entries: dict[str, Any]) -> Iterator[tuple[str, Callable[..., Any], str]]:
+def tails_of(model: nn.Module) -> Iterator[tuple[str, Callable[..., Any], str]]:
     """(name, forward, operator) for each norm and each SiLU at the end of an encoder or decoder in `model`."""
     for name, module in model.named_modules():
         for norm_name in _NORMS:
@@ -39,7 +41,18 @@ def _is_pair(norm: Any, activation: Any) -> bool:
     is_free = not any(part._forward_hooks or part._forward_pre_hooks for part in (norm, activation))
     is_theirs = "forward" not in norm.__dict__ and "forward" not in activation.__dict__
     is_plain = type(norm) is nn.GroupNorm or hasattr(norm, "gamma") or hasattr(norm, "chunk_size")
-    return is_free and is_theirs and is_plain and norm_of(norm) is not None
+    return is_free and is_theirs and is_plain and norm_of(norm) is not None and _is_alike(norm)
+
+
+def _is_alike(norm: nn.Module) -> bool:
+    """Whether the norm's own forward computes what `norm_of` takes it for."""
+    if type(norm) is nn.GroupNorm:
+        return True
+    weight = norm_of(norm).weight
+    if weight is None:
+        return False
+    shape = [1, weight.numel(), 3, 4, 4]
+    return disagreement_on(norm, lambda m, x: apply_norm(norm_of(m), x, None), once, shape, weight) is None
 
 
 def _follow_directly(module: nn.Module, norm_name: str, activation_name: str) -> bool:

@@ -23,6 +23,10 @@ from . import reference
 # times; larger ones leave the cache.
 STEP_BYTES = 8 << 20
 
+# PyTorch gives an fp32 convolution of one clip to oneDNN if B*C*T*H is larger than this (ConvParams::use_mkldnn). Below
+# it unfolds the taps, 27 copies of the window: LTX's decoder of 32 channels then takes three times as long.
+_LEAST_ROWS = 20480
+
 
 def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
     """The result goes to `out` if there is one, which may be what `room_for_result` gives."""
@@ -127,7 +131,11 @@ def _wants_gradients(values: tuple[Any, ...]) -> bool:
 def _num_frames(x: Tensor) -> int:
     """Frames of x that one step reads."""
     frame_bytes = x.element_size() * x.numel() // max(1, x.shape[2])
-    return max(1, STEP_BYTES // max(1, frame_bytes))
+    each = max(1, STEP_BYTES // max(1, frame_bytes))
+    least = _LEAST_ROWS // max(1, x.shape[0] * x.shape[1] * x.shape[3]) + 1
+    if x.dtype is torch.float32 and each < least <= x.shape[2]:
+        return -(-x.shape[2] // (x.shape[2] // least))  # steps alike, so that the last one is large enough too
+    return each
 
 
 def _steps(x: Tensor, weight: Tensor, *others: Any) -> list[tuple[int, int]]:

@@ -24,6 +24,9 @@ from . import reference
 STEP_BYTES = 8 << 20
 """Of the result that one step makes, as for `causal_conv3d`: larger steps leave the cache."""
 
+_LEAST_ROWS = 20480
+"""B*C*T*H above which oneDNN takes an fp32 convolution, as for `causal_conv3d`: smaller windows would be unfolded."""
+
 
 def upsample_conv3d(
     x: Tensor,
@@ -49,6 +52,9 @@ def upsample_conv3d(
     num_results = num_frames + time_pad - num_more
     shape = (num_samples, weight.shape[0], num_results, 2 * height, 2 * width)
     each = max(1, STEP_BYTES * num_results // (prod(shape) * x.itemsize))
+    least = _LEAST_ROWS // max(1, num_samples * x.shape[1] * height) + 1 - num_more
+    if num_more and x.dtype is torch.float32 and each < least <= num_results:
+        each = -(-num_results // (num_results // least))  # steps alike, so that the last one is large enough too
     out = None
     for start in range(0, num_results, each):
         stop = min(start + each, num_results)
