@@ -171,7 +171,7 @@ def _of_diffusers(kind: str, location: Path, dtype: torch.dtype, device: torch.d
 def _factor(vae: Any, axis: str, default: int) -> int:
     """Frames or pixels of one latent, under one of the names that diffusers' VAEs have for it."""
     for name in (f"{axis}_compression_ratio", f"vae_scale_factor_{axis}", f"scale_factor_{axis}"):
-        value = getattr(vae, name, None) or vae.config.get(name)
+        value = vae.config.get(name) or vars(vae).get(name)  # as an attribute the former warns
         if isinstance(value, int):
             return value
     return default

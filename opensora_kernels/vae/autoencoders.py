@@ -76,7 +76,9 @@ def _check(vae: Any, caller: str) -> None:
 
 
 def _empty(vae: nn.Module) -> None:
-    """VidTok's convolutions keep what they read until the next call."""
+    """VidTok's convolutions keep what they read until the next call, EasyAnimate's after a call that failed."""
+    if hasattr(vae, "_clear_conv_cache"):
+        vae._clear_conv_cache()
     if hasattr(vae, "_empty_causal_cached"):
         vae._empty_causal_cached(vae)
 

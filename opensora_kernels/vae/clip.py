@@ -6,11 +6,12 @@ every spelling of an operator arrives as one of a few; ours are recorded whole, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -18,6 +19,8 @@ from opensora_kernels.registration import call
 
 from . import operators, programs, rules
 from .graph import Call, Node, TimeAxis
+from .inference import on_paper
+from .modules import is_on_meta
 from .step import Step
 
 
@@ -68,11 +71,13 @@ def record(
 ) -> Node:
     """The node that makes model(x) for a clip x (B, C, T, H, W); raises what the model raises for such a clip.
 
-    TypeError if it does not return one tensor made from x, looks at values, or writes into parts of a tensor.
+    TypeError if it does not return one tensor (B, C, T, H, W) made from x, looks at values, or writes into parts of a
+    tensor.
     """
+    place = torch.device("meta" if is_on_meta(model) else device)
     try:
-        with torch.no_grad():
-            result = model(clip_of(shape, dtype, torch.device(device)))
+        with on_paper(torch.device(device)):
+            result = model(clip_of(shape, dtype, place))
     except CannotRecord as error:
         raise TypeError(str(error)) from error
     result = getattr(result, "sample", result)  # diffusers wraps what a decoder returns
@@ -80,7 +85,10 @@ def record(
         (result,) = result
     if not isinstance(result, Clip):
         raise TypeError(f"the model must return one tensor made from its argument, got {type(result).__name__}")
-    return result.node
+    node = result.node
+    if len(node.shape) != 5 or (node.axis is not None and (node.axis.dim, node.axis.outer) != (2, 1)):
+        raise TypeError(f"the model must return frames along axis 2 of (B, C, T, H, W), got shape {node.shape}")
+    return node
 
 
 def clip_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Clip:
@@ -101,6 +109,8 @@ def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     meta_args, meta_kwargs = pytree.tree_unflatten([_meta_of(leaf) for leaf in leaves], structure)
     if func in _READING:
         raise CannotRecord(f"the model looks at the values of frames ({_name_of(func)}), which cannot be recorded")
+    if func in _OF_ONE_DTYPE and len({each.dtype for each in meta_args[:2]}) > 1:  # not checked without data
+        raise RuntimeError(f"{_name_of(func)} takes frames and weights of one dtype, got {_dtypes(meta_args[:2])}")
     try:
         results = func(*meta_args, **meta_kwargs)
     except NotImplementedError as error:
@@ -134,6 +144,7 @@ def _shown(meta: Any, node: Node | None, device: torch.device, memory_of: dict[i
     return Clip(node, meta, device, memory_of.get(meta.untyped_storage()._cdata) or Memory())
 
 
+_OF_ONE_DTYPE = (torch.ops.aten.convolution.default, F.linear)
 _READING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}
 
 
@@ -143,6 +154,10 @@ def _meta_of(leaf: Any) -> Any:
     if isinstance(leaf, torch.device):
         return torch.device("meta")
     return on_meta(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    return " and ".join(str(tensor.dtype) for tensor in tensors)
 
 
 def on_meta(tensor: Tensor) -> Tensor:

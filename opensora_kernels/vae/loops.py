@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from .clip import CannotRecord, clip_of
+from .inference import inference, on_paper
 from .memory import Ledger
+from .modules import is_on_meta
 
 Span = tuple[int, int]
 Spans = Callable[[int], "Sequence[Span] | None"]
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 REMARK = "the model steps through the clip by itself: chunks are its own, of any length"
 # Steps of the same length that are looked at one by one: the first fill the caches, the last one stands for the rest.
-_NUM_LOOKED_AT = 4
+NUM_LOOKED_AT = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Loop:
         left = self.num_frames(x.shape[2]) if self.num_frames else None
         state = None
         for start, stop in self.spans(x.shape[2]):
-            with torch.no_grad():  # not around the yield: what the caller does there is not ours
+            with inference(x.device):  # not around the yield: what the caller does there is not ours
                 made, state = self.step(x[:, :, start:stop], state)
             if left is not None:
                 made = made[:, :, :left]
@@ -75,18 +77,28 @@ def loop_of(model: Any, num_frames: int) -> Loop | None:
     return model if isinstance(model, Loop) and model.spans(num_frames) is not None else None
 
 
-def foresee(loop: Loop, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Outlook:
+def foresee(
+    loop: Loop,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    num_looked_at: int = NUM_LOOKED_AT,
+) -> Outlook:
     """The steps of a clip of `shape` on tensors without data, as many as differ.
 
-    TypeError if a step looks at values or writes into parts of a tensor.
+    TypeError if a step looks at values or writes into parts of a tensor; ValueError if the steps leave out frames.
     """
+    spans = loop.spans(shape[2])
+    if left_out := shape[2] - len({frame for start, stop in spans for frame in range(start, stop)}):
+        raise ValueError(f"the model's own steps leave out {left_out} of {shape[2]} frames")
+    place = torch.device("meta") if is_on_meta(loop) else device
     ledger, state = Ledger(device), None
     cost, num_frames = 0.0, 0
-    with torch.no_grad(), ledger:
-        for length, times in _different(loop.spans(shape[2])):
+    with on_paper(device), ledger:
+        for length, times in _different(spans, num_looked_at):
             before = ledger.cost
             with ledger.paused():  # frames of the clip are there already
-                frames = clip_of((*shape[:2], length, *shape[3:]), dtype, device)
+                frames = clip_of((*shape[:2], length, *shape[3:]), dtype, place)
             try:
                 made, state = loop.step(frames, state)
             except CannotRecord as error:
@@ -97,10 +109,10 @@ def foresee(loop: Loop, shape: tuple[int, ...], dtype: torch.dtype, device: torc
     return Outlook(ledger.peak, cost, num_frames if loop.num_frames is None else loop.num_frames(shape[2]))
 
 
-def _different(spans: Sequence[Span]) -> Iterator[tuple[int, int]]:
+def _different(spans: Sequence[Span], num_looked_at: int) -> Iterator[tuple[int, int]]:
     """(frames, steps) with the steps of a kind together, but for the first ones."""
     for length, group in groupby(stop - start for start, stop in spans):
         count = len(list(group))
-        for _ in range(min(count, _NUM_LOOKED_AT) - 1):
+        for _ in range(min(count, num_looked_at) - 1):
             yield length, 1
-        yield length, max(1, count - _NUM_LOOKED_AT + 1)
+        yield length, max(1, count - num_looked_at + 1)

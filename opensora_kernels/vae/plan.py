@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from opensora_kernels.backends import use
 from .autoencoders import as_function
 from .clip import record
 from .graph import Node, nodes_of
-from .loops import REMARK, Loop, foresee, loop_of
+from .inference import on_paper, own_random_numbers
+from .loops import REMARK, Loop, Outlook, loop_of
 from .memory import Ledger, Prediction, RunOnPaper
-from .recording import first_step_of, recorded_for
+from .recording import foreseen_for, recorded_for
 from .spill import Spill, SpillOnPaper
 from .strategies import Model, Strategy, Streaming, Whole
 from .streams import pull_chunks
@@ -28,6 +30,10 @@ from .tiled_strategy import Tiled, tilings_for
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Frames of the clip at a time that are tried, from the fastest on; below one, part of what a frame becomes.
 _CHUNKS = (64, 32, 16, 8, 6, 4, 3, 2, 1, Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
+# The graph of a model that steps through frames by itself is as long as the clip: a prediction takes seconds for 20
+# steps of a real one, so that few are made. Its layers see the frames of one step at most.
+_CHUNKS_BY_LAYER = (4, 1, Fraction(1, 4))
+_MOST_STEPS_RECORDED = 24
 # Allocators round sizes up; code that libraries compile for a shape and keep, and pages of theirs that were not touched
 # before, were measured to take 0 to 12 MiB on the CPU.
 _ROUNDING = Fraction(102, 100)
@@ -42,7 +48,7 @@ class TilePlan:
 
     peak_bytes: most memory in use beyond clip and weights. relative_time: in units of the time that a run over the
     whole clip is expected to take. spill_bytes: written to the spill altogether. remarks: where frames wait for each
-    other. passed_over: the plans that do not fit or take longer, with their peaks.
+    other. passed_over: the plans that do not fit or take longer, with their peaks. dtype: of the clip.
     """
 
     strategy: Strategy
@@ -53,6 +59,11 @@ class TilePlan:
     spill_bytes: int = 0
     remarks: tuple[str, ...] = ()
     passed_over: tuple[tuple[Strategy, int], ...] = ()
+    dtype: torch.dtype | None = None
+
+    def was_made_for(self, x: torch.Tensor) -> bool:
+        """Whether `plan_tiles` looked at clips like x."""
+        return self.peak_bytes is not None and (self.shape, self.dtype) == (tuple(x.shape), x.dtype)
 
     def __str__(self) -> str:
         lines = [f"{self.strategy}{'' if self.strategy.is_exact else ' (not exact)'}"]
@@ -88,37 +99,50 @@ def plan_tiles(
     beyond the clip and the weights, for the chunk that is handed out too, but not for what the caller keeps.
     strategies: those to choose from; None: whole, streaming with chunks of many sizes and each spill, and where none of
     them fits tiles, which are not exact; for a model that steps through frames by itself its own steps, which take no
-    longer than a run over the whole clip, and tiles. One that has a method predict(decoder, shape, dtype, device) ->
-    Prediction can stand beside them.
+    longer than a run over the whole clip, then streaming layer by layer if there are 24 steps or fewer, and tiles. One
+    that has a method predict(decoder, shape, dtype, device) -> Prediction can stand beside them.
+    decoder's weights may be on the meta device. Generators of random numbers stay as they are.
     Numbers: the prediction counts what the operators' plain PyTorch allocates, and the workspaces of the CPU's library.
     Errors: ValueError for a shape that the decoder does not take, and for a budget below every plan's peak, with the
     smallest that would do; TypeError for a decoder that cannot be recorded.
     Source: none; the law is that a prediction is at least the peak that a fresh process measures, and close to it.
     """
-    device, num_bytes = torch.device(device), parse_bytes(budget)
-    shape = tuple(shape)
-    decoder = as_function(decoder)
-    if (loop := loop_of(decoder, shape[2])) is not None:  # its steps cost what a run over all frames costs
-        recorded = first_step_of("plan_tiles", "shape", loop, shape, dtype, device)
-        whole = _predict_loop(loop, shape, dtype, device)
-        strategies = [Streaming()] if strategies is None else strategies
-    else:
-        recorded = recorded_for("plan_tiles", "shape", decoder, shape, dtype, device)
-        whole = _predict_whole(decoder, shape, dtype, device)
+    device, num_bytes, shape = torch.device(device), parse_bytes(budget), tuple(shape)
+    if len(shape) != 5 or min(shape) < 1:
+        raise ValueError(f"plan_tiles: shape must be (B, C, T, H, W) of no empty axis, got {shape}")
+    if strategies is not None and not strategies:
+        raise ValueError("plan_tiles: strategies must hold at least one, got none")
+    with own_random_numbers(device), on_paper(device):
+        return _plan(_Subject(as_function(decoder), shape, dtype, device), num_bytes, strategies)
+
+
+def _plan(subject: _Subject, num_bytes: int, strategies: Sequence[Strategy] | None) -> TilePlan:
+    reference = subject.reference()
     tried: list[tuple[Strategy, Prediction]] = []
 
-    def fits(strategy: Strategy) -> bool:
-        is_known = isinstance(strategy, Whole if loop is None else Streaming)
-        found = whole if is_known else _predict(strategy, decoder, recorded, shape, dtype, device)
+    @cache
+    def predicted(strategy: Strategy) -> Prediction | None:
+        """None for tiles that nobody asked for and of which the model does not take every shape."""
+        try:
+            found = subject.predict(strategy)
+        except (ValueError, RuntimeError, IndexError):
+            if not isinstance(strategy, Tiled):
+                raise
+            return None
         tried.append((strategy, found))
-        return found.peak_bytes <= num_bytes
+        return found
+
+    def fits(strategy: Strategy) -> bool:
+        found = predicted(strategy)
+        return found is not None and found.peak_bytes <= num_bytes
 
     if strategies is not None:
-        for strategy in strategies:
-            fits(strategy)
+        tried += [(strategy, subject.predict(strategy)) for strategy in strategies]
     else:
-        for series in _candidates(decoder, shape, dtype, device):
-            if fits(series[-1]):
+        for series in _candidates(subject):
+            while series and predicted(series[-1]) is None:
+                series.pop()
+            if series and fits(series[-1]):
                 _try_larger(series, fits)
                 break
     fitting = [pair for pair in tried if pair[1].peak_bytes <= num_bytes]
@@ -126,18 +150,87 @@ def plan_tiles(
         least, needs = min(tried, key=lambda pair: pair[1].peak_bytes)
         raise ValueError(
             f"plan_tiles: budget must be at least {needs.peak_bytes} bytes ({show_bytes(needs.peak_bytes)}) for a clip "
-            f"of {shape}, which is what '{least}' takes, got {num_bytes} ({show_bytes(num_bytes)})"
+            f"of {subject.shape}, which is what '{least}' takes, got {num_bytes} ({show_bytes(num_bytes)})"
         )
     chosen, found = min(fitting, key=lambda pair: (not pair[0].is_exact, pair[1].cost, pair[1].peak_bytes))
-    remarks = () if isinstance(chosen, Whole) else _remarks(loop, recorded)
     others = tuple((strategy, other.peak_bytes) for strategy, other in tried if strategy is not chosen)
     return TilePlan(
-        chosen, shape, num_bytes, found.peak_bytes, found.cost / whole.cost, found.spill_bytes, remarks, others
+        chosen,
+        subject.shape,
+        num_bytes,
+        found.peak_bytes,
+        found.cost / reference.cost,
+        found.spill_bytes,
+        subject.remarks(chosen),
+        others,
+        subject.dtype,
     )
 
 
-def _remarks(loop: Loop | None, recorded: Node) -> tuple[str, ...]:
-    return (REMARK,) if loop else tuple(node.remark for node in nodes_of(recorded) if node.remark)
+@dataclass(frozen=True)
+class _Subject:
+    """A model and a clip, with what is recorded or predicted of them once and asked for often."""
+
+    model: Model
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @cached_property
+    def loop(self) -> Loop | None:
+        return loop_of(self.model, self.shape[2])
+
+    @cached_property
+    def recorded(self) -> Node:
+        return recorded_for("plan_tiles", "shape", self.model, self.shape, self.dtype, self.device)
+
+    @cached_property
+    def whole(self) -> Prediction:
+        return _predict_whole(self.model, self.shape, self.dtype, self.device)
+
+    @cached_property
+    def steps(self) -> Prediction:
+        """Those of the loop."""
+        with _backends_of(self.device):
+            found: Outlook = foreseen_for("plan_tiles", "shape", self.loop, self.shape, self.dtype, self.device)
+        return Prediction(_with_margin(found.peak_bytes), 0, found.cost)
+
+    def reference(self) -> Prediction:
+        """What times are relative to: a loop's steps cost what a run over all frames costs."""
+        if self.loop is not None:
+            return self.steps
+        _ = self.recorded  # first, for its errors
+        return self.whole
+
+    def is_stepping(self, strategy: Strategy) -> bool:
+        return self.loop is not None and isinstance(strategy, Streaming) and not strategy.by_layer
+
+    def predict(self, strategy: Any) -> Prediction:
+        if isinstance(strategy, Whole):
+            return self.whole
+        if self.is_stepping(strategy):
+            return self.steps
+        if isinstance(strategy, Streaming):
+            return _predict_streaming(strategy, self.recorded, self.shape, self.dtype, self.device)
+        found = strategy.predict(self.model, self.shape, self.dtype, self.device)
+        return replace(found, peak_bytes=_with_margin(found.peak_bytes)) if isinstance(strategy, Tiled) else found
+
+    def remarks(self, strategy: Strategy) -> tuple[str, ...]:
+        if isinstance(strategy, Whole):
+            return ()
+        if self.loop is not None and not getattr(strategy, "by_layer", False):
+            return (REMARK,)
+        return tuple(node.remark for node in nodes_of(self.recorded) if node.remark)
+
+    def can_be_recorded(self) -> bool:
+        """Whether a loop's model can, over all frames."""
+        if len(self.loop.spans(self.shape[2])) > _MOST_STEPS_RECORDED:
+            return False
+        try:
+            _ = self.recorded
+        except (TypeError, ValueError):
+            return False
+        return True
 
 
 def parse_bytes(text: int | str) -> int:
@@ -166,21 +259,18 @@ def show_bytes(number: int) -> str:
 
 
 def _kind(strategy: Strategy) -> tuple[str, ...]:
-    return type(strategy).__name__, getattr(strategy, "spill", "")
+    return type(strategy).__name__, getattr(strategy, "spill", ""), str(getattr(strategy, "by_layer", ""))
 
 
-def _candidates(
-    model: Model, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Iterator[list[Strategy]]:
+def _candidates(subject: _Subject) -> Iterator[list[Strategy]]:
     """Series, each from the fastest and largest to the slowest and smallest; the exact and the fast ones first."""
-    if loop_of(model, shape[2]) is not None:
-        yield [Streaming()]
-    else:
-        yield [Whole()]
-        chunks = [chunk for chunk in _CHUNKS if chunk < shape[2]]
-        for spill in ("device", "file") if device.type == "cpu" else ("device", "host", "file"):
-            yield [Streaming(chunk, spill) for chunk in chunks]
-    if tilings := tilings_for(model, shape, dtype, device):
+    is_loop = subject.loop is not None
+    yield [Streaming()] if is_loop else [Whole()]
+    if not is_loop or subject.can_be_recorded():
+        chunks = [chunk for chunk in (_CHUNKS_BY_LAYER if is_loop else _CHUNKS) if chunk < subject.shape[2]]
+        for spill in ("device", "file") if subject.device.type == "cpu" else ("device", "host", "file"):
+            yield [Streaming(chunk, spill, by_layer=is_loop) for chunk in chunks]
+    if tilings := tilings_for(subject.model, subject.shape, subject.dtype, subject.device):
         yield [Tiled(tiling) for tiling in tilings]
 
 
@@ -190,17 +280,6 @@ def _try_larger(series: list[Strategy], fits: Callable[[Strategy], bool]) -> Non
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(series[middle]) else (middle + 1, high)
-
-
-def _predict(
-    strategy: Any, model: Model, recorded: Node, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Prediction:
-    if isinstance(strategy, Whole):
-        return _predict_whole(model, shape, dtype, device)
-    if isinstance(strategy, Streaming):
-        return _predict_streaming(strategy, recorded, shape, dtype, device)
-    found = strategy.predict(model, shape, dtype, device)
-    return replace(found, peak_bytes=_with_margin(found.peak_bytes)) if isinstance(strategy, Tiled) else found
 
 
 def _predict_whole(model: Model, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Prediction:
@@ -219,17 +298,11 @@ def _predict_streaming(
     spill = Spill() if stays else SpillOnPaper()
     ledger = Ledger(device)
     share = strategy.share(shape[2])
-    with torch.no_grad(), ledger, _backends_of(device):
+    with ledger, _backends_of(device):
         for chunk in pull_chunks(recorded, RunOnPaper(clip, share, ledger.constant, ledger, {}), spill):
             del chunk
     cost = ledger.cost + _COST_OF_SPILL[strategy.spill] * spill.num_bytes_written
     return Prediction(_with_margin(ledger.peak), spill.num_bytes_written, cost)
-
-
-def _predict_loop(loop: Loop, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Prediction:
-    with _backends_of(device):
-        found = foresee(loop, shape, dtype, device)
-    return Prediction(_with_margin(found.peak_bytes), 0, found.cost)
 
 
 def _backends_of(device: torch.device) -> AbstractContextManager[Any]:

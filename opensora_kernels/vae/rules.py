@@ -27,6 +27,9 @@ def nodes_for(step: Step) -> Node | list[Node]:
     """The nodes of a step."""
     if step.function is aten.native_group_norm.default:
         step = replace(step, call=replace(step.call, function=_dense_group_norm))
+    elif step.function in _VIEWS:
+        # a clip that is recorded lies densely in memory, the one that comes may not
+        step = replace(step, call=replace(step.call, function=aten.reshape.default))
     if step.is_of_pieces:
         return step.whole()
     found = None
@@ -35,6 +38,9 @@ def nodes_for(step: Step) -> Node | list[Node]:
     elif torch.Tag.pointwise in getattr(step.function, "tags", ()):
         found = pointwise(step)
     return step.whole() if found is None else found
+
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def pointwise(step: Step) -> Node | None:
@@ -77,17 +83,12 @@ def filled(step: Step) -> Node:
     return Node(step.name, program, (), tuple(step.result.shape), step.result.dtype)
 
 
-def by_sample(*dims: int) -> Rule:
-    """Samples of axis 0, and entries of other `dims`, by themselves; every stream the same."""
-
-    def rule(step: Step) -> Node | None:
-        axis = step.common_axis()
-        is_apart = axis is not None and axis.dim in (0, *dims)
-        # a tensor without the axis (weights) serves all chunks; one with it would have to be cut
-        is_same = all(node.axis is not None for node in step.inputs)
-        return step.each_chunk(axis) if is_apart and is_same else None
-
-    return rule
+def by_sample(step: Step) -> Node | None:
+    """Samples of axis 0 by themselves; every stream the same."""
+    axis = step.common_axis()
+    # a tensor without the axis (weights) serves all chunks; one with it would have to be cut
+    is_same = all(node.axis is not None for node in step.inputs)
+    return step.each_chunk(axis) if axis is not None and axis.dim == 0 and is_same else None
 
 
 def reduction(step: Step) -> Node | None:
@@ -192,9 +193,9 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.mm, aten.bmm), matrix_product),
     **dict.fromkeys((aten.native_layer_norm, aten._fused_rms_norm), layer_norm),
     **dict.fromkeys(
-        (aten.avg_pool2d, aten.max_pool2d_with_indices, aten._adaptive_avg_pool2d, aten.reflection_pad2d), by_sample(-4)
+        (aten.avg_pool2d, aten.max_pool2d_with_indices, aten._adaptive_avg_pool2d, aten.reflection_pad2d), by_sample
     ),
-    **dict.fromkeys((aten.pixel_shuffle, aten.pixel_unshuffle), by_sample()),
+    **dict.fromkeys((aten.pixel_shuffle, aten.pixel_unshuffle), by_sample),
     **dict.fromkeys((aten.zeros_like, aten.ones_like, aten.full_like), pointwise),
     **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full), filled),
     aten.native_group_norm: group_norm,

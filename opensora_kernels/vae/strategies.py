@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from math import inf
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-import torch
 from torch import Tensor
 
 from .clip import record
 from .graph import Node
+from .inference import inference
 from .loops import loop_of
 from .spill import Place, open_spill
 from .streams import Run, pull_chunks
@@ -41,7 +43,7 @@ class Whole:
     is_exact = True
 
     def run(self, model: Model, x: Tensor) -> Iterator[Tensor]:
-        with torch.no_grad():
+        with inference(x.device):
             result = [tensor_of(model(x))]
         yield result.pop()
 
@@ -56,22 +58,26 @@ class Streaming:
     Where a norm looks at all frames its input waits in the spill: "device", "host", or "file" in temporary files below
     `folder` (None: the system's place for them), which are gone when the run ends, however it ends.
     A fraction of a frame makes steps smaller than what one frame of the clip becomes.
-    A model that steps through the clip by itself (see `decoder_of`) does so: its steps are its own.
+    A model that steps through the clip by itself (see `decoder_of`) does so: its steps are its own. `by_layer`: it is
+    recorded over all frames instead, as any other model is, and each of its layers streams.
     """
 
     chunk_frames: int | Fraction = 1
     spill: Place = "device"
     folder: str | Path | None = None
+    by_layer: bool = False
     is_exact = True
 
     def __post_init__(self) -> None:
-        if self.chunk_frames <= 0:
-            raise ValueError(f"Streaming: chunk_frames must be above 0, got {self.chunk_frames}")
+        if not isinstance(self.chunk_frames, Real):
+            raise TypeError(f"Streaming: chunk_frames must be a number, got {self.chunk_frames!r}")
+        if not 0 < self.chunk_frames < inf:
+            raise ValueError(f"Streaming: chunk_frames must be above 0 and finite, got {self.chunk_frames}")
         if self.spill not in get_args(Place):
             raise ValueError(f"Streaming: spill must be one of {', '.join(get_args(Place))}, got {self.spill!r}")
 
     def run(self, model: Model, x: Tensor) -> Iterator[Tensor]:
-        if (loop := loop_of(model, x.shape[2])) is not None:
+        if not self.by_layer and (loop := loop_of(model, x.shape[2])) is not None:
             return loop.chunks(x)
         return self.run_recorded(record(model, tuple(x.shape), x.dtype, x.device), x)
 
@@ -80,7 +86,7 @@ class Streaming:
         with open_spill(self.spill, self.folder) as spill:
             chunks = pull_chunks(recorded, run, spill)
             while True:
-                with torch.no_grad():  # not around the yield: what the caller does there is not ours
+                with inference(x.device):  # not around the yield: what the caller does there is not ours
                     chunk = [next(chunks, None)]
                 if chunk[0] is None:
                     return
@@ -92,7 +98,8 @@ class Streaming:
 
     def __str__(self) -> str:
         frames = "frame" if self.chunk_frames == 1 else "frames"
-        return f"streaming: {self.chunk_frames} {frames} of the clip at a time, spill on {self.spill}"
+        layers = "layer by layer, " if self.by_layer else ""
+        return f"streaming: {layers}{self.chunk_frames} {frames} of the clip at a time, spill on {self.spill}"
 
 
 def tensor_of(result: Any) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .clip import record
+from .inference import inference
 from .loops import foresee, loop_of
 from .memory import Ledger, Prediction, RunOnPaper
 from .strategies import Model, tensor_of
@@ -41,7 +42,7 @@ class Tiled:
         result_of = _results(model, x.shape[:2], x.dtype, x.device)
         chunks = iterate_tiled(_run_of(model, result_of), x, self.tiling, result_size=_sizes(result_of))
         while True:
-            with torch.no_grad():  # not around the yield: what the caller does there is not ours
+            with inference(x.device):  # not around the yield: what the caller does there is not ours
                 chunk = [next(chunks, None)]
             if chunk[0] is None:
                 return
@@ -70,7 +71,7 @@ class Tiled:
                 ledger.cost += outlook.cost
             return result
 
-        with torch.no_grad(), ledger:
+        with inference(device), ledger:
             for chunk in iterate_tiled(
                 lambda part: paper.apply(run, tuple(part.shape[2:])), x, self.tiling, result_size=result_size
             ):

@@ -176,6 +176,54 @@ def test_a_budget_is_kept_to_by_the_models_own_steps():
         decode(vae, z, memory_budget=plan.peak_bytes - 1)
 
 
+def test_layers_stream_where_the_models_own_steps_do_not_fit():
+    vae = build("cogvideox", is_patched=False)
+    z = torch.randn(1, 4, 4, 12, 12, generator=torch.Generator().manual_seed(0))
+    budget = plan_tiles(vae, tuple(z.shape), "1GiB", z.dtype).peak_bytes // 3
+    plan = plan_tiles(vae, tuple(z.shape), budget, z.dtype)
+    assert plan.strategy.by_layer
+    assert "streaming: layer by layer" in str(plan)
+    expected = whole(decoder_of(vae), z)
+    vae.double()
+    truth = whole(decoder_of(vae), z.double())
+    vae.float()
+    seen = []
+    chunks = decode(vae, z, plan=plan, progress=lambda *counts: seen.append(counts))
+    assert_accurate(gather(chunks), expected, truth, "cogvideox")
+    assert seen[-1] == (expected.shape[2],) * 2
+
+
+def test_a_clip_of_many_steps_is_not_recorded_to_plan_it():
+    vae, shape = build("wan", is_patched=False), (1, 4, 40, 3, 4)
+    with pytest.raises(ValueError, match="budget must be at least") as refused:
+        plan_tiles(vae, shape, 1000, torch.float32)
+    assert "layer by layer" not in str(refused.value)
+
+
+@pytest.mark.parametrize("plan", [None, BY_FRAME, TilePlan(Streaming(1, by_layer=True))], ids=str)
+@pytest.mark.parametrize(("name", "valid"), [("wan", "1, 5, 9, 13, 17"), ("magvit", "1, 5, 9, 13, 17")])
+def test_frames_that_an_encoder_would_leave_out_are_refused_with_the_counts_that_it_takes(name, valid, plan):
+    message = rf"encode: x must have a shape that the model takes \(frames near 8: {valid}\), got \(1, 3, 8, 16, 16\)"
+    with pytest.raises(ValueError, match=message):
+        encode(build(name), torch.zeros(1, 3, 8, 16, 16), plan=plan)
+
+
+def test_planning_draws_no_random_numbers():
+    vae = build("ltx_0.9.5")
+    decoder, z = decoder_of(vae, **options_of(vae)), latents("ltx_0.9.5", 4)
+    before = torch.get_rng_state()
+    plan_tiles(decoder, tuple(z.shape), "1GiB", torch.float32)
+    for plan in (None, BY_FRAME):
+        decode(decoder, z, plan=plan)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_without_data_are_enough_to_plan():
+    vae = build("wan")
+    plan = plan_tiles(vae, (1, 4, 5, 3, 4), "1GiB", torch.float32)
+    assert plan_tiles(vae.to("meta"), (1, 4, 5, 3, 4), "1GiB", torch.float32) == plan
+
+
 def test_tiling_of_a_model_that_steps_by_itself_stands_against_streaming():
     vae = build("wan")
     vae.enable_tiling()

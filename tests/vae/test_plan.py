@@ -94,6 +94,16 @@ def test_a_tile_as_large_as_the_clip_is_the_clip(name: str):
         assert torch.equal(gather(decode(model, z, plan=TilePlan(Tiled(tiling)))), model(z))
 
 
+def test_tiles_that_the_model_does_not_take_are_left_out():
+    def model(z: Tensor) -> Tensor:
+        if z.shape[2] != 9:
+            raise ValueError(f"z must have 9 frames, got {z.shape[2]}")
+        return z * 2
+
+    with pytest.raises(ValueError, match="budget must be at least"):
+        plan_tiles(model, (1, 4, 9, 40, 33), 1000, torch.float32)
+
+
 def test_tiles_of_a_model_that_sees_one_pixel_join_without_seams():
     model = torch.nn.Upsample(scale_factor=(1, 2, 2))
     z = torch.randn(1, 4, 9, 40, 33, generator=torch.Generator().manual_seed(0))
@@ -102,6 +112,26 @@ def test_tiles_of_a_model_that_sees_one_pixel_join_without_seams():
     for tiling in tilings:
         joined = gather(decode(model, z, plan=TilePlan(Tiled(tiling))))
         torch.testing.assert_close(joined, model(z), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_weights_without_data_are_planned_for_as_those_with(name: str):
+    model = build(DECODERS[name])
+    plan = plan_tiles(model, SHAPE, "1GiB", torch.float32)
+    assert plan_tiles(model.to("meta"), SHAPE, "1GiB", torch.float32) == plan
+
+
+def test_a_plan_serves_fewer_samples_but_no_other_shape():
+    model = build(DECODERS["wan"])
+    plan = plan_tiles(model, (2, 4, 3, 4, 4), "1GiB", torch.float32)
+    z = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert gather(decode(model, z, plan=plan)).shape == model(z).shape
+    for shape in [(3, 4, 3, 4, 4), (2, 4, 4, 4, 4), (2, 5, 3, 4, 4)]:
+        with pytest.raises(
+            ValueError, match=r"z must have the shape \(2, 4, 3, 4, 4\) that the plan .*, got \("
+        ) as refused:
+            decode(model, torch.zeros(shape), plan=plan)
+        assert str(shape) in str(refused.value)
 
 
 def test_predictions_repeat():

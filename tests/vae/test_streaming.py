@@ -170,6 +170,24 @@ def test_tensors_made_beside_the_clip_stay_what_they_are():
     assert torch.equal(gather(streamed), model(x))
 
 
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_a_clip_that_lies_apart_in_memory_can_be_flattened(num_frames: int):
+    x = clip("wan", num_frames).transpose(3, 4)
+    assert torch.equal(
+        gather(stream(lambda z: z.flatten(3).unflatten(3, (-1, 2)), x)), x.flatten(3).unflatten(3, (-1, 2))
+    )
+
+
+@pytest.mark.parametrize("plan", [None, TilePlan(Streaming(1))], ids=["whole", "streaming"])
+def test_autocast_where_chunks_are_asked_for_changes_nothing(plan: TilePlan | None):
+    model, x = build(nn.Sequential).append(nn.Conv3d(4, 3, 1).requires_grad_(False)), clip("wan", 3)
+    chunks = decode(model, x, plan=plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        frames = gather(chunks)
+    assert frames.dtype is torch.float32
+    assert torch.equal(frames, model(x))
+
+
 def test_encoding_streams_like_decoding():
     encoder, x = build(MODELS["strides_encoder"]), clip("strides_encoder", 9, batch=2)
     assert torch.equal(gather(encode(encoder, x, plan=TilePlan(Streaming(4)))), encoder(x))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora_kernels.vae import Streaming, TilePlan, Whole, decode, encode, plan_tiles
+from opensora_kernels.vae import Streaming, Tiled, TilePlan, Tiling, Whole, decode, encode, plan_tiles
 from tests.vae.models import DECODERS, build
 
 STREAMING = TilePlan(Streaming(1))
+TILED = TilePlan(Tiled(Tiling((4, 4), (4, 4), (0, 0), (100, 100), window=None)))
 
 
 def only_odd_frames(z: Tensor) -> Tensor:
@@ -56,6 +57,39 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_would_do():
             decode(model, torch.zeros(shape), memory_budget=too_small)
 
 
+@pytest.mark.parametrize("plan", [None, STREAMING, TILED], ids=["whole", "streaming", "tiled"])
+def test_clips_that_the_model_does_not_take_are_refused_before_any_frame_however_it_runs(plan: TilePlan | None):
+    model = build(DECODERS["wan"])
+    with pytest.raises(ValueError, match=r"z must have a shape .* \(channels: 4\), got \(1, 5, 3, 4, 4\)"):
+        decode(model, torch.zeros(1, 5, 3, 4, 4), plan=plan)
+    with pytest.raises(ValueError, match=r"\(frames near 4: 1, 3, 5, .*\), got \(1, 4, 4, 4, 4\)"):
+        decode(only_odd_frames, torch.zeros(1, 4, 4, 4, 4), plan=plan)
+    with pytest.raises(
+        ValueError, match=r"z must have dtype torch.float32, that of the model's weights, got torch.float64"
+    ):
+        decode(model, torch.zeros(1, 4, 3, 4, 4, dtype=torch.float64), plan=plan)
+    with pytest.raises(
+        ValueError, match=r"dtype must be torch.float32, that of the model's weights, got torch.bfloat16"
+    ):
+        plan_tiles(torch.nn.Conv3d(4, 4, 1), (1, 4, 3, 4, 4), "1GiB", torch.bfloat16)
+
+
+@pytest.mark.parametrize("result", [lambda z: z.transpose(1, 2), lambda z: z[:, :, :, :, 0], lambda z: z.flatten(1, 2)])
+def test_frames_along_another_axis_are_refused(result: object):
+    with pytest.raises(TypeError, match=r"must return frames along axis 2 of \(B, C, T, H, W\), got shape \(1, "):
+        decode(lambda z: result(z * 2), torch.zeros(1, 4, 3, 4, 4), plan=STREAMING)
+
+
+def test_a_model_that_drops_values_at_random_is_to_be_in_evaluation_mode():
+    model = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 1), torch.nn.Dropout(0.5))
+    for run in (
+        lambda: decode(model, torch.zeros(1, 4, 3, 4, 4), plan=STREAMING),
+        lambda: plan_tiles(lambda z: model(z), (1, 4, 3, 4, 4), "1GiB", torch.float32),
+    ):
+        with pytest.raises(ValueError, match=r"model must be in evaluation mode, .*: call eval\(\)"):
+            run()
+
+
 @pytest.mark.parametrize("budget", ["10 parsecs", "", 0, -5, "GiB"])
 def test_a_budget_that_is_no_number_of_bytes_is_refused(budget: object):
     with pytest.raises(ValueError, match="memory budget must be"):
@@ -63,7 +97,22 @@ def test_a_budget_that_is_no_number_of_bytes_is_refused(budget: object):
 
 
 def test_options_of_a_plan_are_checked():
-    with pytest.raises(ValueError, match="chunk_frames must be above 0, got 0"):
+    z = torch.zeros(1, 4, 3, 4, 4)
+    for plan in ("whole", Streaming(1), TilePlan("whole")):
+        with pytest.raises(TypeError, match="plan must be a TilePlan, such as"):
+            decode(only_odd_frames, z, plan=plan)
+    with pytest.raises(ValueError, match="z must have data, got a tensor on the meta device"):
+        decode(only_odd_frames, z.to("meta"))
+    for number in (float("nan"), float("inf"), -1):
+        with pytest.raises(ValueError, match="chunk_frames must be above 0 and finite, got"):
+            Streaming(number)
+    with pytest.raises(TypeError, match="chunk_frames must be a number, got '2'"):
+        Streaming("2")
+    with pytest.raises(ValueError, match="strategies must hold at least one"):
+        plan_tiles(only_odd_frames, (1, 4, 3, 4, 4), "1GiB", torch.float32, strategies=[])
+    with pytest.raises(ValueError, match=r"shape must be \(B, C, T, H, W\) of no empty axis, got \(1, 4, 3\)"):
+        plan_tiles(only_odd_frames, (1, 4, 3), "1GiB", torch.float32)
+    with pytest.raises(ValueError, match="chunk_frames must be above 0 and finite, got 0"):
         Streaming(0)
     with pytest.raises(ValueError, match="spill must be one of device, host, file, got 'tape'"):
         Streaming(1, "tape")
