@@ -17,6 +17,8 @@ from .checks import check_choice, check_float, check_shape
 
 NormKind = Literal["group", "rms"]
 
+_PIECE_BYTES = 1 << 20  # of x, whose norms a CPU computes at once
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -86,12 +88,26 @@ def rms_norm_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps
     """x / max(|x|, eps) * sqrt(C) * weight + bias over axis 1; the unit vector is rounded to x's dtype, as is each
     product after it."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
-    out = (x / length.clamp_min(eps)).to(x.dtype) * x.shape[1] ** 0.5
+    length = _length(x, wide).clamp_min(eps)
     shape = (-1, *(1,) * (x.dim() - 2))
-    if weight is not None:
-        out = out * weight.view(shape)
-    return out if bias is None else out + bias.view(shape)
+    weight, bias = (value if value is None else value.view(shape) for value in (weight, bias))
+    dtypes = {value.dtype for value in (weight, bias) if value is not None}
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or dtypes - {x.dtype}:
+        out = (x / length).to(x.dtype) * x.shape[1] ** 0.5
+        out = out if weight is None else out * weight
+        return out if bias is None else out + bias
+    out = torch.div(x, length, out=torch.empty_like(x)).mul_(x.shape[1] ** 0.5)  # the same roundings in one clip
+    out = out if weight is None else out.mul_(weight)
+    return out if bias is None else out.add_(bias)
+
+
+def _length(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norm over axis 1 in `dtype`. On a CPU by rows, since PyTorch's first makes a copy of all of x in `dtype`."""
+    if dtype == x.dtype or x.device.type not in ("cpu", "meta") or torch.is_grad_enabled() or x.dim() < 4:
+        return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
+    num_rows = max(1, x.shape[-2] * _PIECE_BYTES // max(1, x.nbytes))
+    pieces = [torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=dtype) for piece in x.split(num_rows, -2)]
+    return torch.cat(pieces, -2)
 
 
 def frame_statistics(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opensora_kernels import rms_norm_silu, use
 from tests.ops.properties import CLIP_MEMORY, DTYPES, Numbers, assert_triton_is_accurate, clips, interpreted
+from tests.vae.live_bytes import LiveBytes
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -93,3 +94,16 @@ def test_triton_is_as_accurate_as_pytorch(call: tuple, block: tuple[int, int]):
     tile = {"BLOCK_C": block[0], "BLOCK_P": block[1], "num_warps": 4}
     with mock.patch.object(triton_kernel, "configuration", return_value=tile):  # several tiles of x, both ways
         assert_triton_is_accurate("rms_norm_silu", *call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_without_gradients_one_clip_is_made_and_the_numbers_stay(dtype: torch.dtype, layout: torch.memory_format):
+    x = torch.randn(1, 64, 3, 128, 128).to(dtype).contiguous(memory_format=layout)
+    weight, bias = torch.randn(2, 64).to(dtype)
+    with use("reference"):
+        expected = rms_norm_silu(x, weight, bias)
+        with torch.no_grad(), LiveBytes() as live:
+            found = rms_norm_silu(x, weight, bias)
+    assert torch.equal(found, expected)
+    assert live.peak < 1.5 * x.nbytes
