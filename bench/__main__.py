@@ -6,6 +6,7 @@ python -m bench model --quick          whole decodes, encodes, denoising and tra
 python -m bench traffic                bytes and launches of every model's blocks, with no device
 python -m bench exactness              how far tiled, streamed and patched decodes are from the model's own
 python -m bench frames                 peak memory against the number of frames, and what the planner predicts
+python -m bench memory                 decoders' peaks at real widths and sizes, on tensors without data
 python -m bench convolution            the library's own conv3d, which a kernel of ours must beat
 python -m bench tune causal_conv3d     faster constants for this GPU's table
 python -m bench page                   the tables of bench/results/ and of README.md from the JSON there
@@ -18,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bench import convolution, exactness, frames, gpu, model, operators, page, record, traffic, tune
+from bench import convolution, exactness, frames, gpu, model, on_paper, operators, page, record, traffic, tune
 from opensora_kernels import backends
 
 COMMANDS = {
@@ -26,6 +27,7 @@ COMMANDS = {
     "exactness": exactness.main,
     "frames": frames.main,
     "gpu": gpu.main,
+    "memory": on_paper.main,
     "model": model.main,
     "page": page.main,
     "plot": record.main,

@@ -84,6 +84,8 @@ DECODERS: dict[str, Decoder] = {
     "allegro": Decoder("AutoencoderKLAllegro", (6, 40, 70), (22, 90, 160), lacks=_ONLY_TILES, narrowing=16),
     "easyanimate": Decoder("AutoencoderKLMagvit", (2, 2, 66), (13, 48, 84)),
 }
+# In ten minutes on two cores; one for each way of keeping frames.
+QUICK = ("open_sora_plan_1.1", "wan_2.1", "cogvideox", "hunyuan_video", "mochi", "ltx", "easyanimate")
 _WIDTHS = ("base_dim", "decoder_base_dim", "block_out_channels", "decoder_block_out_channels")
 _WIDTHS += ("decode_block_out_channels", "norm_num_groups")  # the encoder's own are left: it is not run
 
@@ -108,7 +110,7 @@ def build(decoder: Decoder, dtype: torch.dtype, device: str, *, is_tiny: bool) -
     """With random weights, drawn on the CPU without touching the generators of others."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        make = _of_diffusers if decoder.model else _of_open_sora_plan
+        make = of_diffusers if decoder.model else of_open_sora_plan
         vae = make(decoder, is_tiny).eval().requires_grad_(False)
         for name, parameter in vae.named_parameters():
             if parameter.dim() == 1 or "norm" in name or "scale" in name:  # ones and zeros would hide what is left out
@@ -120,12 +122,12 @@ def build(decoder: Decoder, dtype: torch.dtype, device: str, *, is_tiny: bool) -
     return (_pair_of_diffusers if decoder.model else _pair_of_open_sora_plan)(vae, z)
 
 
-def _of_open_sora_plan(decoder: Decoder, is_tiny: bool) -> nn.Module:
+def of_open_sora_plan(decoder: Decoder, is_tiny: bool) -> nn.Module:
     config = open_sora_plan_v1_1.vae()
     return CausalVideoVAE(replace(config, hidden_size=config.hidden_size // decoder.narrowing) if is_tiny else config)
 
 
-def _of_diffusers(decoder: Decoder, is_tiny: bool) -> nn.Module:
+def of_diffusers(decoder: Decoder, is_tiny: bool) -> nn.Module:
     import diffusers
 
     kind = getattr(diffusers, decoder.model)

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import side_by_side
 from bench.about import about_this_run, check_device, json_file, output_folder
 from bench.cases import DTYPES
-from bench.decoders import DECODERS
+from bench.decoders import DECODERS, QUICK
 from bench.measure import Ceilings, measure_ceilings, peak_bytes, time_calls, why_wrong
 from bench.models import SCALES, WHAT, Size, Step
 from bench.record import Record, failure
@@ -182,9 +182,9 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--models",
         nargs="+",
-        default=[OPEN_SORA, *DECODERS],
         metavar="MODEL",
-        help=f"whose decoders; {OPEN_SORA}'s other steps too; default: all, {', '.join([OPEN_SORA, *DECODERS])}",
+        help=f"whose decoders, of {', '.join([OPEN_SORA, *DECODERS])}; {OPEN_SORA}'s other steps too; default: all, "
+        f"with --quick {', '.join([OPEN_SORA, *QUICK])}",
     )
     add("--scale", choices=SCALES, help="of the models; default: open-sora-v1.2 on a GPU without --quick, else tiny")
     add("--steps", type=int, default=NUM_STEPS, help="of denoising; default: %(default)s")
@@ -197,6 +197,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--plot", type=output_folder, metavar="DIR", help="write pictures there: bars, time and memory against size")
     options = parser.parse_args(arguments)
     check_device(parser, options.device)
+    options.models = options.models or [OPEN_SORA, *(QUICK if options.quick else DECODERS)]
     for name, known in (("what", [*WHAT]), ("models", [OPEN_SORA, *DECODERS])):
         chosen = [word for words in getattr(options, name) for word in words.split(",") if word]
         setattr(options, name, chosen)

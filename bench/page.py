@@ -1,10 +1,10 @@
 """`python -m bench page`: the results in bench/results/<device>/ as tables, there and in README.md.
 
 A folder holds what `python -m bench all --json .../bench.json` and `python -m bench model --json .../model.json` wrote,
-decodes of other dtypes or scales as decoders*.json, what `exactness` and `frames` wrote under their names, and pictures
-if wanted. `--take outputs/gpu` first copies what
-`make gpu` left there. Figures of a CPU are shown as ratios only: its seconds tell nobody anything. `--check` writes
-nothing and exits with 1 if a page says something else than its JSON, as a test does too.
+decodes of other dtypes or scales as decoders*.json, what `exactness`, `frames` and `memory` wrote so named, and maybe
+pictures. `--take outputs/gpu` first copies what `make gpu` left there. Figures of a CPU are shown as ratios only: its
+seconds tell nobody anything. `--check` writes nothing and exits with 1 if a page says something else than its JSON, as
+a test does too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import exactness, frames
+from bench import exactness, frames, on_paper
 from bench.table import Row, rate, relative_spread, spread, tally
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +102,8 @@ def device_page(folder: Path) -> str:
         if (folder / f"{name}.json").exists():
             parts += section(read(folder / f"{name}.json"))
             parts += [_picture(path) for path in [folder / OF_SECTIONS[name]] if path.exists()]
+    if (folder / "memory.json").exists():
+        parts += memory_section(read(folder / "memory.json"))
     return "\n".join(parts)
 
 
@@ -194,6 +196,16 @@ def exactness_section(record: Record) -> list[str]:
     remarks = [f"- {remark}\n" for remark in exactness.remarks(record["rows"])]
     heading = "## How far decodes are from the model's own, whole, in fp32\n"
     return [heading, said, _markdown(*exactness.table(record["rows"])), "".join(remarks)]
+
+
+def memory_section(record: Record) -> list[str]:
+    heads, *lines = on_paper.table(record["rows"])
+    said = (
+        f"torch {record['torch']}, {record['date'][:10]}, `{record['commit']}`: what is alive at once, on tensors "
+        "without data, with a CPU library's workspaces. Tiled: at the default tiles of diffusers. Streamed: frames that "
+        "come out are let go.\n"
+    )
+    return ["## Peak memory of decoders at their released widths, on paper\n", said, _markdown(heads, lines)]
 
 
 def frames_section(record: Record) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import decoders, measure, model, page, side_by_side
+from bench import decoders, measure, model, on_paper, page, side_by_side
 from bench.__main__ import main
 from tests.test_bench_model import plant_a_wrong_convolution
 
@@ -93,3 +93,16 @@ def test_an_unknown_model_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["model", "--models", "wan_2.1,sora"])
     assert "'sora'" in capsys.readouterr().err
+
+
+def test_memory_on_paper_shows_what_each_version_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    monkeypatch.setattr(on_paper, "of_diffusers", lambda decoder, is_tiny: decoders.of_diffusers(decoder, is_tiny=True))
+    path = tmp_path / "memory.json"
+    assert main(["memory", "--models", "hunyuan_video", "--dtype", "bf16", "--json", str(path)]) == 0
+    whole, tiled = json.loads(path.read_text())["rows"]
+    assert whole["rival"] > 1.3 * whole["ours"] > 0
+    assert whole["streamed"] < whole["rival"]
+    assert tiled["rival"] > 1.3 * tiled["ours"]
+    assert "hunyuan_video       bf16" in capsys.readouterr().out
+    heads, *lines = on_paper.table([whole, tiled])
+    assert [len(line) for line in lines] == [len(heads)] * 2

@@ -84,7 +84,7 @@ def room_for_result(*values: Any) -> Tensor | None:
     x, weight, _, stride, dilation, *_, time_pad, space_pad, state = values[:11]
     if type(x) is not Tensor or not x.is_contiguous(memory_format=memory_format(x)):
         return None
-    if torch.is_autocast_enabled(x.device.type):  # the result has another dtype
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # the result has another dtype
         return None
     before, *spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     num_missing = before - (time_pad if state is None else state.shape[2])
