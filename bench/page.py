@@ -202,7 +202,7 @@ def memory_section(record: Record) -> list[str]:
     heads, *lines = on_paper.table(record["rows"])
     said = (
         f"torch {record['torch']}, {record['date'][:10]}, `{record['commit']}`: what is alive at once, on tensors "
-        "without data, with a CPU library's workspaces. Tiled: at the default tiles of diffusers. Streamed: frames that "
+        "without data, with a CPU library's workspaces. Tiled: at diffusers' default tiles. Streamed: frames that "
         "come out are let go.\n"
     )
     return ["## Peak memory of decoders at their released widths, on paper\n", said, _markdown(heads, lines)]
