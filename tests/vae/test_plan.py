@@ -150,8 +150,8 @@ def test_budgets_are_read_as_written(text: object, number: int):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("open_sora", (1, 4, 9, 88, 88), 1.0),
-        Case("plan", (1, 4, 13, 96, 96), 0.6, "bfloat16"),
+        Case("open_sora", (1, 4, 11, 120, 120), 1.0),
+        Case("plan", (1, 4, 17, 112, 112), 0.7, "bfloat16"),
     ],
     ids=lambda case: f"{case.model}-{case.dtype}",
 )
