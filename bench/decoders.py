@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -116,10 +116,14 @@ def build(decoder: Decoder, dtype: torch.dtype, device: str, *, is_tiny: bool) -
             if parameter.dim() == 1 or "norm" in name or "scale" in name:  # ones and zeros would hide what is left out
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
     vae = nn.Module.to(vae, device, dtype)  # diffusers' own warns of modules that some models keep in fp32
-    config = vae.config if decoder.model else asdict(vae.config)
-    channels = next(config[name] for name in ("latent_channels", "z_dim", "embed_dim") if name in config)
-    z = Maker(dtype, device, seed=1).normal(1, channels, *decoder.latent_size(device, is_tiny=is_tiny))
+    z = Maker(dtype, device, seed=1).normal(1, latent_channels(vae), *decoder.latent_size(device, is_tiny=is_tiny))
     return (_pair_of_diffusers if decoder.model else _pair_of_open_sora_plan)(vae, z)
+
+
+def latent_channels(vae: Any) -> int:
+    """Under the name that its class has for them."""
+    config = asdict(vae.config) if is_dataclass(vae.config) else vae.config
+    return next(config[name] for name in ("latent_channels", "z_dim", "embed_dim") if name in config)
 
 
 def of_open_sora_plan(decoder: Decoder, is_tiny: bool) -> nn.Module:

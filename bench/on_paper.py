@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from bench import plain_causal_vae
 from bench.about import about_this_run, json_file
 from bench.cases import DTYPES
-from bench.decoders import DECODERS, Decoder, of_diffusers, of_open_sora_plan
+from bench.decoders import DECODERS, Decoder, latent_channels, of_diffusers, of_open_sora_plan
 from bench.record import Record, failure, status_of
 from opensora_kernels import apply_opensora_kernels
 from opensora_kernels.vae import Streaming, decoder_of, plan_tiles
@@ -65,10 +64,8 @@ def measure(name: str, decoder: Decoder, dtype: torch.dtype) -> Iterator[Row]:
     if decoder.model:
         apply_opensora_kernels(ours)  # with weights: modules are compared before they are replaced
     vae, ours = (nn.Module.to(each, "meta") for each in (vae, ours))
-    config = vae.config if decoder.model else asdict(vae.config)
-    channels = next(config[key] for key in ("latent_channels", "z_dim", "embed_dim") if key in config)
     num_frames, height, width = decoder.on_gpu
-    z = torch.empty(1, channels, min(NUM_LATENTS, num_frames), height, width, dtype=dtype, device="meta")
+    z = torch.empty(1, latent_channels(vae), min(NUM_LATENTS, num_frames), height, width, dtype=dtype, device="meta")
     for mode in decoder.modes:
         if mode in decoder.lacks:
             continue

@@ -8,11 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STEP_BYTES = 8 << 20
-"""Of x that one step reads, as for `causal_conv3d` on a CPU."""
-
-_LEAST_ROWS = 20480
-"""B*C*T*H above which oneDNN takes an fp32 convolution, as for `causal_conv3d`: smaller steps would be unfolded."""
+from opensora_kernels.cpu_steps import frames_at_once
 
 
 def may_write(x: Tensor) -> bool:
@@ -37,9 +33,6 @@ def frame_steps(x: Tensor, num_least: int) -> list[slice]:
     num_frames = x.shape[2]
     if not may_write(x) or not is_on_cpu(x) or not x.numel():
         return [slice(0, num_frames)]
-    each = max(1, STEP_BYTES * num_frames // x.nbytes)
-    least = _LEAST_ROWS // (x.shape[0] * x.shape[1] * x.shape[3]) + 1
-    if x.dtype is torch.float32 and each < least <= num_frames:
-        each = -(-num_frames // (num_frames // least))  # steps alike, so that the last one is large enough too
+    each = frames_at_once(num_frames, x.nbytes // num_frames, x.shape[0] * x.shape[1] * x.shape[3], x.dtype)
     stops = [*range(max(each, num_least), num_frames, each), num_frames]
     return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -22,6 +23,16 @@ def on_paper(device: torch.device) -> Iterator[None]:
     is_compiled = "torch._dynamo" in sys.modules
     with inference(device), torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
         yield
+
+
+def made_one_by_one(chunks: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """`chunks`, each made under `inference`, which is off at the yield: what the caller does there is not ours."""
+    while True:
+        with inference(device):
+            chunk = [next(chunks, None)]
+        if chunk[0] is None:
+            return
+        yield chunk.pop()  # not held while the next one is made
 
 
 def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .clip import record
 from .graph import Node
-from .inference import inference
+from .inference import inference, made_one_by_one
 from .loops import loop_of
 from .spill import Place, open_spill
 from .streams import Run, pull_chunks
@@ -84,13 +84,7 @@ class Streaming:
     def run_recorded(self, recorded: Node, x: Tensor) -> Iterator[Tensor]:
         run = Run(x, self.share(x.shape[2]), lambda tensor: tensor)
         with open_spill(self.spill, self.folder) as spill:
-            chunks = pull_chunks(recorded, run, spill)
-            while True:
-                with inference(x.device):  # not around the yield: what the caller does there is not ours
-                    chunk = [next(chunks, None)]
-                if chunk[0] is None:
-                    return
-                yield chunk.pop()
+            yield from made_one_by_one(pull_chunks(recorded, run, spill), x.device)
 
     def share(self, num_frames: int) -> Fraction:
         """Of all frames of a clip, those at a time."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .clip import record
-from .inference import inference
+from .inference import inference, made_one_by_one
 from .loops import foresee, loop_of
 from .memory import Ledger, Prediction, RunOnPaper
 from .strategies import Model, tensor_of
@@ -41,12 +41,7 @@ class Tiled:
         """Chunks of the joined tiles of a window each."""
         result_of = _results(model, x.shape[:2], x.dtype, x.device)
         chunks = iterate_tiled(_run_of(model, result_of), x, self.tiling, result_size=_sizes(result_of))
-        while True:
-            with inference(x.device):  # not around the yield: what the caller does there is not ours
-                chunk = [next(chunks, None)]
-            if chunk[0] is None:
-                return
-            yield chunk.pop()
+        return made_one_by_one(chunks, x.device)
 
     def predict(self, model: Model, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Prediction:
         """The run on paper, tiles of one shape once."""

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora_kernels import Norm, causal_conv3d, group_norm_silu, use
-from opensora_kernels.ops.causal_conv3d import library
+from opensora_kernels import Norm, causal_conv3d, cpu_steps, group_norm_silu, use
 from tests.ops.accuracy import assert_accurate
 
 
@@ -259,7 +258,7 @@ def test_steps_of_a_few_frames_give_the_whole_clip(
     residual = torch.ones_like(causal_conv3d(x, weight, **options)[0])
     results = []
     for backend, size in (("reference", 0), ("library", 2 * x[:, :, 0].nbytes), ("library", 1)):
-        monkeypatch.setattr(library, "STEP_BYTES", size)
+        monkeypatch.setattr(cpu_steps, "STEP_BYTES", size)
         with torch.no_grad(), use(causal_conv3d=backend):
             results.append(causal_conv3d(x, weight, residual=residual, **options))
     with torch.no_grad(), use(causal_conv3d="reference"):
@@ -282,7 +281,7 @@ def test_steps_of_a_few_frames_give_the_whole_clip(
 def test_a_result_that_overwrites_x_is_the_same(
     monkeypatch: pytest.MonkeyPatch, kernel: tuple[int, ...], options: Any, norm: Norm | None
 ):
-    monkeypatch.setattr(library, "STEP_BYTES", 1)
+    monkeypatch.setattr(cpu_steps, "STEP_BYTES", 1)
     x = torch.randn(1, 4, 7, 6, 5, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(4, 4, *kernel, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -297,7 +296,7 @@ def test_a_result_that_overwrites_x_is_the_same(
 
 
 def test_x_is_not_overwritten_where_gradients_or_another_size_need_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(library, "STEP_BYTES", 1)
+    monkeypatch.setattr(cpu_steps, "STEP_BYTES", 1)
     x = torch.randn(1, 4, 7, 6, 5, generator=torch.Generator().manual_seed(0))
     kept, weight = x.clone(), torch.randn(4, 4, 3, 3, 3, generator=torch.Generator().manual_seed(1))
     causal_conv3d(x, weight.clone().requires_grad_(), may_overwrite=True)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_kernels import backends, upsample_conv3d, use
-from opensora_kernels.ops.upsample_conv3d import library
+from opensora_kernels import backends, cpu_steps, upsample_conv3d, use
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -107,7 +106,7 @@ def test_steps_of_any_size_give_the_clip(
         expected = upsample_conv3d(x, weight, bias, **options)
     frame_bytes = 2 * 4 * 4 * 20 * x.itemsize
     for num_frames in (1, 2, 3, 100):
-        monkeypatch.setattr(library, "STEP_BYTES", num_frames * frame_bytes)
+        monkeypatch.setattr(cpu_steps, "STEP_BYTES", num_frames * frame_bytes)
         with use(upsample_conv3d="library"):
             torch.testing.assert_close(upsample_conv3d(x, weight, bias, **options), expected, rtol=0, atol=1e-12)
 

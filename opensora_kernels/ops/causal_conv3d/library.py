@@ -14,18 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora_kernels import cpu_steps
 from opensora_kernels.causal_padding import pad_for_convolution, pad_time
 from opensora_kernels.norms import frame_statistics, group_statistics, memory_format
 
 from . import reference
-
-# Bytes of x that one step reads. Smaller steps convolve frames one by one, where a window of three is reordered three
-# times; larger ones leave the cache.
-STEP_BYTES = 8 << 20
-
-# PyTorch gives an fp32 convolution of one clip to oneDNN if B*C*T*H is larger than this (ConvParams::use_mkldnn). Below
-# it unfolds the taps, 27 copies of the window: LTX's decoder of 32 channels then takes three times as long.
-_LEAST_ROWS = 20480
 
 
 def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
@@ -120,7 +113,7 @@ def why_slower(*values: Any) -> str | None:
     if _wants_gradients(values):
         return "gradients keep what every step makes, so that steps save nothing"
     if len(_steps(*values)) < 2:
-        return f"the clip is no larger than one step of {STEP_BYTES >> 20} MiB"
+        return f"the clip is no larger than one step of {cpu_steps.STEP_BYTES >> 20} MiB"
     return None
 
 
@@ -131,11 +124,7 @@ def _wants_gradients(values: tuple[Any, ...]) -> bool:
 def _num_frames(x: Tensor) -> int:
     """Frames of x that one step reads."""
     frame_bytes = x.element_size() * x.numel() // max(1, x.shape[2])
-    each = max(1, STEP_BYTES // max(1, frame_bytes))
-    least = _LEAST_ROWS // max(1, x.shape[0] * x.shape[1] * x.shape[3]) + 1
-    if x.dtype is torch.float32 and each < least <= x.shape[2]:
-        return -(-x.shape[2] // (x.shape[2] // least))  # steps alike, so that the last one is large enough too
-    return each
+    return cpu_steps.frames_at_once(x.shape[2], frame_bytes, x.shape[0] * x.shape[1] * x.shape[3], x.dtype)
 
 
 def _steps(x: Tensor, weight: Tensor, *others: Any) -> list[tuple[int, int]]:

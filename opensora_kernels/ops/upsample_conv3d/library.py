@@ -16,16 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_kernels.causal_padding import pad_time
+from opensora_kernels.cpu_steps import frames_at_once
 from opensora_kernels.norms import memory_format
 from opensora_kernels.ops.causal_conv3d import causal_conv3d
 
 from . import reference
-
-STEP_BYTES = 8 << 20
-"""Of the result that one step makes, as for `causal_conv3d`: larger steps leave the cache."""
-
-_LEAST_ROWS = 20480
-"""B*C*T*H above which oneDNN takes an fp32 convolution, as for `causal_conv3d`: smaller windows would be unfolded."""
 
 
 def upsample_conv3d(
@@ -51,10 +46,9 @@ def upsample_conv3d(
     num_more = weight.shape[2] - 1  # frames of x that a result reads before its own
     num_results = num_frames + time_pad - num_more
     shape = (num_samples, weight.shape[0], num_results, 2 * height, 2 * width)
-    each = max(1, STEP_BYTES * num_results // (prod(shape) * x.itemsize))
-    least = _LEAST_ROWS // max(1, num_samples * x.shape[1] * height) + 1 - num_more
-    if num_more and x.dtype is torch.float32 and each < least <= num_results:
-        each = -(-num_results // (num_results // least))  # steps alike, so that the last one is large enough too
+    frame_bytes = prod(shape) // num_results * x.itemsize
+    num_rows = num_samples * x.shape[1] * height if num_more else None
+    each = frames_at_once(num_results, frame_bytes, num_rows, x.dtype, num_more)
     out = None
     for start in range(0, num_results, each):
         stop = min(start + each, num_results)
