@@ -96,18 +96,29 @@ def rms_norm_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps
         out = (x / length).to(x.dtype) * x.shape[1] ** 0.5
         out = out if weight is None else out * weight
         return out if bias is None else out + bias
-    out = torch.div(x, length, out=torch.empty_like(x)).mul_(x.shape[1] ** 0.5)  # the same roundings in one clip
+    out = torch.empty_like(x)  # the same roundings in one clip
+    num_rows = _rows_at_once(x, wide)
+    for pieces in zip(*(tensor.split(num_rows, -2) for tensor in (x, length, out)), strict=True):
+        torch.div(*pieces[:2], out=pieces[2])
+    out.mul_(x.shape[1] ** 0.5)
     out = out if weight is None else out.mul_(weight)
     return out if bias is None else out.add_(bias)
 
 
 def _length(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norm over axis 1 in `dtype`. On a CPU by rows, since PyTorch's first makes a copy of all of x in `dtype`."""
-    if dtype == x.dtype or x.device.type not in ("cpu", "meta") or torch.is_grad_enabled() or x.dim() < 4:
+    """Norm over axis 1 in `dtype`."""
+    if torch.is_grad_enabled():
         return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
-    num_rows = max(1, x.shape[-2] * _PIECE_BYTES // max(1, x.nbytes))
-    pieces = [torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=dtype) for piece in x.split(num_rows, -2)]
-    return torch.cat(pieces, -2)
+    pieces = x.split(_rows_at_once(x, dtype), -2)
+    lengths = [torch.linalg.vector_norm(piece, dim=1, keepdim=True, dtype=dtype) for piece in pieces]
+    return torch.cat(lengths, -2)
+
+
+def _rows_at_once(x: Tensor, dtype: torch.dtype) -> int:
+    """All, but on a CPU for another dtype than x's: PyTorch first makes a copy in `dtype` of all that it is given."""
+    if dtype == x.dtype or x.device.type not in ("cpu", "meta") or x.dim() < 4:
+        return max(1, x.shape[-2])
+    return max(1, x.shape[-2] * _PIECE_BYTES // max(1, x.nbytes))
 
 
 def frame_statistics(x: Tensor) -> Tensor:
