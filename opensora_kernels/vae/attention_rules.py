@@ -22,7 +22,7 @@ from .streams import Run, pull_chunks
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """PyTorch's, but on paper without the matrix of scores, which its kernels do not keep."""
     if q.is_meta:
-        return q.new_empty(*q.shape[:-1], v.shape[-1])
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
     return F.scaled_dot_product_attention(q, k, v, *args, **kwargs)
 
 

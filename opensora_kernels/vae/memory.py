@@ -41,14 +41,18 @@ class Prediction:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts what operators on meta tensors would allocate. Tensors from before it was entered are not counted."""
+    """Counts what operators on meta tensors would allocate. Tensors from before it was entered are not counted.
+
+    A host gives a page when it is first written to: what `empty` makes there counts as far as it was filled.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.live = self.peak = 0
         self.cost = 0.0
         self._device = device
-        self._known: set[int] = set()
+        self._counted: dict[int, int] = {}  # bytes of each storage
+        self._unfilled: dict[int, int] = {}  # and what of it will count when it is written to
         self._constants: dict[int, tuple[Tensor, Tensor]] = {}
         self._is_paused = False
 
@@ -62,7 +66,10 @@ class Ledger(TorchDispatchMode):
             self._meet(tensor, is_new=False)
         results = func(*args, **(kwargs or {}))
         outputs = _tensors(results)
-        is_view = all(not self._meet(tensor, is_new=True) for tensor in outputs)
+        is_filled = self._device.type != "cpu" or func._overloadpacket not in _EMPTY
+        is_view = all(not self._meet(tensor, is_new=True, is_filled=is_filled) for tensor in outputs)
+        for tensor in _written_by(func, args, kwargs or {}):
+            self._fill(tensor)
         self.peak = max(self.peak, self.live + _hidden_bytes(func, args, outputs, self._device))
         if not is_view or func._schema.is_mutable:
             moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
@@ -103,21 +110,29 @@ class Ledger(TorchDispatchMode):
         finally:
             self._is_paused = False
 
-    def _meet(self, tensor: Tensor, is_new: bool) -> bool:
+    def _meet(self, tensor: Tensor, is_new: bool, is_filled: bool = True) -> bool:
         """Whether memory of the tensor is seen for the first time; it counts from now on if it `is_new`."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
+        if key in self._counted:
             return False
-        self._known.add(key)
-        num_bytes = storage.nbytes() if is_new else 0
-        self.live += num_bytes
-        weakref.finalize(storage, self._forget, key, num_bytes)
+        self._counted[key] = storage.nbytes() if is_new and is_filled else 0
+        self._unfilled[key] = storage.nbytes() if is_new and not is_filled else 0
+        self.live += self._counted[key]
+        weakref.finalize(storage, self._forget, key)
         return True
 
-    def _forget(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self.live -= num_bytes
+    def _fill(self, tensor: Tensor) -> None:
+        """Count what of an `empty` tensor is written to. A place that is written twice counts twice, up to the size."""
+        key = tensor.untyped_storage()._cdata
+        num_bytes = min(tensor.nbytes, self._unfilled[key])
+        self._unfilled[key] -= num_bytes
+        self._counted[key] += num_bytes
+        self.live += num_bytes
+
+    def _forget(self, key: int) -> None:
+        del self._unfilled[key]
+        self.live -= self._counted.pop(key)
 
 
 @dataclass(frozen=True)
@@ -158,6 +173,18 @@ class _Description:
         return torch.empty(0, dtype=self.dtype, device="meta").set_(storage, 0, self.shape, self.stride)
 
 
+_EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+
+
+def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The arguments that an operator writes to."""
+    if not func._schema.is_mutable:
+        return
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from _tensors(args[position] if position < len(args) else kwargs.get(argument.name))
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -185,8 +212,7 @@ def _hidden_bytes(func: Any, args: tuple[Any, ...], outputs: list[Tensor], devic
     if packet in _COPIES_OF_STRIDED and not args[0].is_contiguous():
         return args[0].nbytes
     if torch.Tag.pointwise in func.tags and packet not in _CONVERSIONS:
-        # operands of another dtype than the result's are converted first
-        return sum(x.numel() * outputs[0].itemsize for x in _tensors(args) if x.dtype != outputs[0].dtype and x.dim())
+        return _of_mixed_dtypes([x for x in _tensors(args) if x.dim()], outputs[0])
     if packet in _COPIES_OF_HALF and args[0].itemsize < 4:
         return args[0].numel() * 4
     if packet is aten.linalg_vector_norm and args[0].dtype != outputs[0].dtype:
@@ -197,6 +223,15 @@ def _hidden_bytes(func: Any, args: tuple[Any, ...], outputs: list[Tensor], devic
 _COPIES_OF_STRIDED = {aten.native_group_norm, aten.native_layer_norm, aten.upsample_nearest2d, aten.upsample_nearest3d}
 _COPIES_OF_HALF = {aten.mean}  # summed as a copy in fp32
 _CONVERSIONS = {aten._to_copy, aten.copy_, aten.clone}
+
+
+def _of_mixed_dtypes(operands: list[Tensor], out: Tensor) -> int:
+    """Operands, and a result given as `out=` or changed in place, are converted to and from the widest dtype whole."""
+    common = out.dtype
+    for x in operands:
+        common = torch.promote_types(common, x.dtype)
+    converted = [x for x in (*operands, out) if x.dtype not in (common, torch.bool)]
+    return sum(x.numel() for x in converted) * common.itemsize
 
 
 def _of_convolution(x: Tensor, weight: Tensor, dilation: list[int], out: Tensor) -> int:

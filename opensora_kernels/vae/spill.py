@@ -117,4 +117,4 @@ class _OnPaper(Parked):
         self._shape, self._strides, self._dtype = chunk.shape, torch.empty_like(chunk).stride(), chunk.dtype
 
     def load(self) -> Tensor:
-        return torch.empty_strided(self._shape, self._strides, dtype=self._dtype, device="meta")
+        return torch.empty_strided(self._shape, self._strides, dtype=self._dtype, device="meta").zero_()  # filled

@@ -58,7 +58,7 @@ class Tiled:
             if loop is None:
                 record(model, (*shape[:2], *size), dtype, device)
             result_size(size)
-            result = result_of(size).empty_like("meta")
+            result = result_of(size).empty_like("meta").zero_()  # filled
             if loop is not None:
                 with ledger.paused():
                     outlook = foresee(loop, (*shape[:2], *size), dtype, device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opensora_kernels.vae import Streaming, Tiled, TilePlan, Tiling, Whole, decode, gather, plan_tiles
-from opensora_kernels.vae.memory import Prediction
+from opensora_kernels.vae.memory import Ledger, Prediction
 from opensora_kernels.vae.plan import parse_bytes
 from opensora_kernels.vae.tiled_strategy import tilings_for
 from tests.vae.memory import Case, is_met, measure_afresh
@@ -132,6 +132,21 @@ def test_a_plan_serves_fewer_samples_but_no_other_shape():
         ) as refused:
             decode(model, torch.zeros(shape), plan=plan)
         assert str(shape) in str(refused.value)
+
+
+@pytest.mark.parametrize(("device", "at_first"), [("cpu", 0), ("cuda", 4096)])
+def test_a_host_gives_memory_when_it_is_written_to_and_a_gpu_at_once(device: str, at_first: int):
+    with Ledger(torch.device(device)) as ledger:
+        out, part = torch.empty(4, 256, device="meta"), torch.ones(256, device="meta")
+        assert ledger.live == at_first + 1024
+        out[0].copy_(part)
+        torch.add(part, 1, out=out[1])
+        assert ledger.live == max(at_first, 2048) + 1024
+        for _ in range(4):
+            out.copy_(part)
+        assert ledger.live == 4096 + 1024
+        del out, part
+        assert ledger.live == 0
 
 
 def test_predictions_repeat():
