@@ -132,14 +132,17 @@ def register_op(
     )
 
 
-def call(op: str, *arguments: Any) -> Any:
+def call(op: str, *arguments: Any, instead: Callable[..., list[Tensor] | None] | None = None) -> Any:
     """Run `op` on the backend chosen for these arguments; plain implementations are called directly.
 
+    instead: asked first for results of these arguments, such as one in the memory of an argument; may return None.
     Tensor subclasses with `__torch_function__` of their own see the call as they see PyTorch's functions.
     """
     # has_torch_function alone is true of every tensor inside a mode, which is to see what we call, not this
     if has_torch_function(arguments) and any(type(each) is not Tensor for each in _get_overloaded_args(arguments)):
-        return handle_torch_function(call, arguments, op, *arguments)
+        return handle_torch_function(call, arguments, op, *arguments, instead=instead)
+    if instead is not None and (results := instead(*arguments)) is not None:
+        return results
     cast = _cast_for_autocast(op, arguments) if _casting[op] else arguments
     backend = backends.choose(op, *cast)
     chosen = backends.implementation(op, backend)

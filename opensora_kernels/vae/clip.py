@@ -6,6 +6,7 @@ every spelling of an operator arrives as one of a few; ours are recorded whole, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,9 @@ class CannotRecord(Exception):
 
 @dataclass
 class Memory:
-    """What the views of one clip share: the number of times that it was changed in place."""
+    """What the views of one clip share: its size, and the number of times that it was changed in place."""
 
+    num_bytes: int
     version: int = 0
 
 
@@ -95,7 +97,7 @@ def clip_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     """The clip that a model is given."""
     axis = TimeAxis(2, shape[2]) if shape[2] > 1 else None
     node = Node("clip", programs.source(axis), (), tuple(shape), dtype, axis)
-    return Clip(node, torch.empty(shape, dtype=dtype, device="meta"), device, Memory())
+    return Clip(node, torch.empty(shape, dtype=dtype, device="meta"), device, Memory(math.prod(shape) * dtype.itemsize))
 
 
 def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,6 +122,9 @@ def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     target = _written(func, args)
     memory_of = {clip.meta.untyped_storage()._cdata: clip.memory for clip in clips}
+    if func is call:  # a result in the memory of a clip is alone there, and chunks have memory of their own
+        kwargs, memory_of = {}, {}
+        leaves, structure = pytree.tree_flatten((args, kwargs))
     function = _functional(func) if target is not None else func
     nodes = tuple(clip.node for clip in clips)
     leaves = [None if isinstance(leaf, Clip) else leaf for leaf in leaves]  # the graph keeps no clip alive
@@ -141,7 +146,8 @@ def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _shown(meta: Any, node: Node | None, device: torch.device, memory_of: dict[int, Memory]) -> Any:
     if node is None:
         return meta
-    return Clip(node, meta, device, memory_of.get(meta.untyped_storage()._cdata) or Memory())
+    storage = meta.untyped_storage()
+    return Clip(node, meta, device, memory_of.get(storage._cdata) or Memory(min(meta.nbytes, storage.nbytes())))
 
 
 _OF_ONE_DTYPE = (torch.ops.aten.convolution.default, F.linear)
@@ -173,7 +179,7 @@ def _written(func: Any, args: tuple[Any, ...]) -> Clip | None:
     if not isinstance(args[0], Clip) or schema.name[-1] != "_":
         raise CannotRecord(f"{_name_of(func)} writes into a tensor that is there already, which cannot be recorded")
     target = args[0]
-    if target.meta.nbytes < target.meta.untyped_storage().nbytes():
+    if target.meta.nbytes < target.memory.num_bytes:
         raise CannotRecord(
             f"{_name_of(func)} writes into part of a clip, of shape {tuple(target.shape)}, which cannot be recorded: "
             "use torch.cat or an out-of-place form"

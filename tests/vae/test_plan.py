@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
 import pytest
 import torch
 from torch import Tensor
 
+from opensora_kernels import causal_conv3d, cpu_steps
 from opensora_kernels.vae import Streaming, Tiled, TilePlan, Tiling, Whole, decode, gather, plan_tiles
 from opensora_kernels.vae.memory import Ledger, Prediction
 from opensora_kernels.vae.plan import parse_bytes
@@ -132,6 +135,25 @@ def test_a_plan_serves_fewer_samples_but_no_other_shape():
         ) as refused:
             decode(model, torch.zeros(shape), plan=plan)
         assert str(shape) in str(refused.value)
+
+
+def test_a_result_in_the_memory_of_its_clip_is_foreseen_there_and_chunks_keep_theirs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_steps, "STEP_BYTES", 1 << 20)
+    weight, shape = torch.randn(4, 4, 3, 3, 3), (1, 4, 9, 200, 200)
+
+    def decoder(x: Tensor, may_overwrite: bool = True) -> Tensor:
+        hidden = causal_conv3d(x, weight)
+        return causal_conv3d(hidden, weight, may_overwrite=may_overwrite) * 2
+
+    def peak(model: object, strategy: object) -> int:
+        return plan_tiles(model, shape, "1TiB", torch.float32, strategies=[strategy]).peak_bytes
+
+    apart = partial(decoder, may_overwrite=False)
+    saved = peak(apart, Whole()) - peak(decoder, Whole())
+    assert 0.8 * 4 * prod(shape) < saved < 1.02 * 4 * prod(shape)
+    assert peak(decoder, Streaming(1)) == peak(apart, Streaming(1))
+    x = torch.randn(shape)
+    assert torch.equal(gather(decode(decoder, x, plan=TilePlan(Streaming(1)))), decoder(x))
 
 
 @pytest.mark.parametrize(("device", "at_first"), [("cpu", 0), ("cuda", 4096)])

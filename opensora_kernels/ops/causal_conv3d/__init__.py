@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -110,14 +110,16 @@ def causal_conv3d(
         "" if norm is None else norm.kind, shown.weight, shown.bias, shown.num_groups, shown.eps, shown.per_frame,
         shown.statistics, activation or "", residual, return_state, return_statistics,
     )  # fmt: skip
-    room = library.room_for_result(*values) if may_overwrite else None
-    if room is not None and backends.choose(op, *values) == "library":
-        out, *others = library.causal_conv3d(*values, out=room)
-    else:
-        out, *others = call(op, *values)
+    out, *others = call(op, *values, instead=_in_memory_of_x if may_overwrite else None)
     if return_state:  # autocast may have narrowed it, but the next chunk's x is like this one's
         others = [others[0].to(x.dtype), *others[1:]]
     return (out, *others) if others else out
+
+
+def _in_memory_of_x(*values: Any) -> list[Tensor] | None:
+    room = library.room_for_result(*values)
+    is_library = room is not None and backends.choose("causal_conv3d", *values) == "library"
+    return library.causal_conv3d(*values, out=room) if is_library else None
 
 
 def _check_tensors(
