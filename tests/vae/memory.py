@@ -77,9 +77,9 @@ def cases() -> list[Case]:
         "wan": (1, 4, 5, 60, 72),
         "plan": (1, 4, 9, 84, 84),
         "torch": (1, 4, 9, 72, 72),
-        "by_frame": (1, 4, 23, 224, 224),
+        "by_frame": (1, 4, 11, 224, 224),
         "open_sora": (1, 4, 7, 150, 150),
-        "encoder": (1, 3, 41, 224, 224),
+        "encoder": (1, 3, 25, 288, 288),
     }
     found = []
     for dtype in ("float32", "bfloat16"):
