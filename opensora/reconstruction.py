@@ -118,7 +118,8 @@ def choose(
             raise ValueError(f"strategy: must not be given beside a memory budget, which chooses it, got {strategy!r}")
         return plan_tiles(run, tuple(x.shape), budget, x.dtype, x.device)
     if strategy == "streaming":
-        return TilePlan(Streaming(chunk_frames, spill="device" if x.device.type == "cpu" else "host"))
+        streaming = Streaming(chunk_frames, spill="device" if x.device.type == "cpu" else "host")
+        return TilePlan(streaming.as_run_by(run, x.shape[2]))
     if strategy == "tiled":
         if vae.tile is None:
             raise ValueError("strategy: tiled is not there in this VAE, which runs its clips in short parts anyway")

@@ -17,6 +17,12 @@ def check_float(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
 
 
+def check_callable(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a module, a function or anything else that can be called."""
+    if not callable(value):
+        raise TypeError(f"{op}: {name} must be callable, got {value!r}")
+
+
 def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int | None], meaning: str) -> None:
     """Raise ValueError unless `tensor` has `shape` (None: any size); `meaning` names the axes, as in "(B, C)"."""
     sizes_agree = all(want is None or want == have for want, have in zip(shape, tensor.shape, strict=False))

@@ -69,6 +69,15 @@ def test_a_video_goes_through_each_vae_the_same_whichever_way(kind: str, folder:
     assert "peak memory" in printed
 
 
+def test_streaming_prints_the_steps_of_a_vae_that_takes_its_own(folder: Path, tmp_path: Path, capsys):
+    own = "streaming: the model steps through the clip by itself"
+    for kind, printed in (("diffusers", own), ("open_sora_plan", "of the clip at a time")):
+        assert reconstruct(folder, kind, tmp_path / f"{kind}.mp4", "--strategy", "streaming") == 0
+        ways = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("encode: ", "decode: "))]
+        assert len(ways) == 2
+        assert all(printed in way for way in ways)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

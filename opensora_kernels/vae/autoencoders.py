@@ -5,12 +5,14 @@ diffusers itself is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from .autoencoder_loops import Steps, decoding, encoding
+from .clip import CannotRecord
 from .loops import Loop, Step
 
 
@@ -29,14 +31,19 @@ def decoder_of(vae: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
     vae: an autoencoder of diffusers, patched or not. options: what else its `decode` takes, such as LTX's temb.
     The caches of a stream are its own: between two chunks `vae` can be used for something else, and a stream that is
     not read to its end leaves nothing behind. Samples of a batch run together, also where the model would slice it.
+    Numbers: those of vae.decode, bit for bit where the model's own steps run, but for a 1 x 1 x 1 convolution that
+    Wan, Qwen-Image and EasyAnimate run over all latents at once, here step by step: PyTorch rounds a few sizes, such as
+    latents of one pixel, differently.
     Errors: TypeError for any other vae. ValueError, when it is to be streamed, for one that steps through frames by
-    itself while its tiling is on, since it then runs each tile over all frames.
+    itself while its tiling is on, since it then runs each tile over all frames; TypeError, when it is to be planned or
+    its layers streamed, for any other that joins tiles in place.
     """
     _check(vae, "decoder_of")
 
     def whole(z: Tensor) -> Tensor:
         try:
-            decoded = vae.decode(z, **options)
+            with _naming_its_tiling(vae):
+                decoded = vae.decode(z, **options)
         finally:
             _empty(vae)
         return getattr(decoded, "sample", decoded)
@@ -50,7 +57,8 @@ def encoder_of(vae: nn.Module) -> Callable[[Tensor], Tensor]:
 
     def whole(x: Tensor) -> Tensor:
         try:
-            encoded = vae.encode(x)
+            with _naming_its_tiling(vae):
+                encoded = vae.encode(x)
         finally:
             _empty(vae)
         if hasattr(encoded, "latent_dist"):
@@ -75,6 +83,20 @@ def _check(vae: Any, caller: str) -> None:
         raise TypeError(f"{caller}: vae must be an autoencoder of diffusers, got {type(vae).__name__}")
 
 
+@contextmanager
+def _naming_its_tiling(vae: nn.Module) -> Iterator[None]:
+    """Most models write tiles into each other, which cannot be recorded: the error says what to switch off."""
+    try:
+        yield
+    except CannotRecord as error:
+        if not getattr(vae, "use_tiling", False):
+            raise
+        raise CannotRecord(
+            f"the tiling of {type(vae).__name__} must be off to plan its memory and to stream its layers: "
+            f"call disable_tiling(), or give neither a memory budget nor a plan, got use_tiling=True ({error})"
+        ) from error
+
+
 def _empty(vae: nn.Module) -> None:
     """VidTok's convolutions keep what they read until the next call, EasyAnimate's after a call that failed."""
     if hasattr(vae, "_clear_conv_cache"):
@@ -96,6 +118,7 @@ def _after_hook(vae: nn.Module, step: Step) -> Step:
         hook = getattr(vae, "_hf_hook", None)
         if hasattr(hook, "pre_forward"):
             hook.pre_forward(vae)
-        return step(frames, state)
+        with _naming_its_tiling(vae):
+            return step(frames, state)
 
     return run

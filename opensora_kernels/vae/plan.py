@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
 
 from opensora_kernels.backends import use
+from opensora_kernels.checks import check_callable
 
 from .autoencoders import as_function
 from .clip import record
@@ -23,7 +25,7 @@ from .loops import REMARK, Loop, Outlook, loop_of
 from .memory import Ledger, Prediction, RunOnPaper
 from .recording import foreseen_for, recorded_for
 from .spill import Spill, SpillOnPaper
-from .strategies import Model, Strategy, Streaming, Whole
+from .strategies import Model, OwnSteps, Strategy, Streaming, Whole
 from .streams import pull_chunks
 from .tiled_strategy import Tiled, tilings_for
 
@@ -103,17 +105,30 @@ def plan_tiles(
     that has a method predict(decoder, shape, dtype, device) -> Prediction can stand beside them.
     decoder's weights may be on the meta device. Generators of random numbers stay as they are.
     Numbers: the prediction counts what the operators' plain PyTorch allocates, and the workspaces of the CPU's library.
+    On a CPU glibc may keep freed blocks below a threshold that grows, and the process lie above the budget: not with
+    MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in its environment.
     Errors: ValueError for a shape that the decoder does not take, and for a budget below every plan's peak, with the
-    smallest that would do; TypeError for a decoder that cannot be recorded.
+    smallest that would do; TypeError for a decoder that cannot be called or recorded, sizes that are no whole numbers,
+    and a dtype that is no floating-point torch.dtype.
     Source: none; the law is that a prediction is at least the peak that a fresh process measures, and close to it.
     """
-    device, num_bytes, shape = torch.device(device), parse_bytes(budget), tuple(shape)
-    if len(shape) != 5 or min(shape) < 1:
-        raise ValueError(f"plan_tiles: shape must be (B, C, T, H, W) of no empty axis, got {shape}")
+    check_callable("plan_tiles", "decoder", decoder)
+    device, num_bytes, shape = torch.device(device), parse_bytes(budget), _checked(shape)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"plan_tiles: dtype must be a floating-point torch.dtype, got {dtype!r}")
     if strategies is not None and not strategies:
         raise ValueError("plan_tiles: strategies must hold at least one, got none")
     with own_random_numbers(device), on_paper(device):
         return _plan(_Subject(as_function(decoder), shape, dtype, device), num_bytes, strategies)
+
+
+def _checked(shape: Any) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    if not all(isinstance(size, Integral) for size in sizes):
+        raise TypeError(f"plan_tiles: shape must be (B, C, T, H, W) in whole numbers, got {shape!r}")
+    if len(sizes) != 5 or min(sizes) < 1:
+        raise ValueError(f"plan_tiles: shape must be (B, C, T, H, W) of no empty axis, got {sizes}")
+    return sizes
 
 
 def _plan(subject: _Subject, num_bytes: int, strategies: Sequence[Strategy] | None) -> TilePlan:
@@ -216,7 +231,7 @@ class _Subject:
         return replace(found, peak_bytes=_with_margin(found.peak_bytes)) if isinstance(strategy, Tiled) else found
 
     def remarks(self, strategy: Strategy) -> tuple[str, ...]:
-        if isinstance(strategy, Whole):
+        if isinstance(strategy, (Whole, OwnSteps)):
             return ()
         if self.loop is not None and not getattr(strategy, "by_layer", False):
             return (REMARK,)
@@ -265,7 +280,7 @@ def _kind(strategy: Strategy) -> tuple[str, ...]:
 def _candidates(subject: _Subject) -> Iterator[list[Strategy]]:
     """Series, each from the fastest and largest to the slowest and smallest; the exact and the fast ones first."""
     is_loop = subject.loop is not None
-    yield [Streaming()] if is_loop else [Whole()]
+    yield [OwnSteps()] if is_loop else [Whole()]
     if not is_loop or subject.can_be_recorded():
         chunks = [chunk for chunk in (_CHUNKS_BY_LAYER if is_loop else _CHUNKS) if chunk < subject.shape[2]]
         for spill in ("device", "file") if subject.device.type == "cpu" else ("device", "host", "file"):

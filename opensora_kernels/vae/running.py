@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_kernels.checks import check_float, check_shape
+from opensora_kernels.checks import check_callable, check_float, check_shape
 
 from .autoencoders import as_function
 from .inference import own_random_numbers
@@ -52,8 +52,10 @@ def decode(
     Errors: before any frame: ValueError for a z that is not 5-D, empty, not finite, on the meta device, or that the
     decoder does not take (with the dtype, frame or channel counts that it does), for autocast that is on, for a plan
     of another shape, and for a budget that is too small (with the smallest that would do); TypeError for a z that is
-    not floating-point, a plan that is none, or a decoder that cannot be recorded, unless it is to run whole.
+    not floating-point, a plan that is none, a decoder or progress that cannot be called, or a decoder that cannot be
+    recorded, unless it is to run whole.
     """
+    check_callable("decode", "decoder", decoder)
     return _run("decode", "z", as_function(decoder), z, memory_budget, plan, progress)
 
 
@@ -69,6 +71,7 @@ def encode(
 
     Of an autoencoder of diffusers it is the mode of the latents' distribution (see `encoder_of`).
     """
+    check_callable("encode", "encoder", encoder)
     return _run("encode", "x", as_function(encoder, encodes=True), x, memory_budget, plan, progress)
 
 
@@ -107,6 +110,8 @@ def _run(
     progress: Progress | None,
 ) -> Iterator[Tensor]:
     _check_clip(caller, name, x)
+    if progress is not None:
+        check_callable(caller, "progress", progress)
     if plan is not None:
         _check_plan(caller, name, x, plan)
     if memory_budget is not None and plan is not None:

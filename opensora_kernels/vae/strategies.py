@@ -18,7 +18,7 @@ from torch import Tensor
 from .clip import record
 from .graph import Node
 from .inference import inference, made_one_by_one
-from .loops import loop_of
+from .loops import REMARK, loop_of
 from .spill import Place, open_spill
 from .streams import Run, pull_chunks
 
@@ -69,7 +69,7 @@ class Streaming:
     is_exact = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chunk_frames, Real):
+        if not isinstance(self.chunk_frames, Real) or isinstance(self.chunk_frames, bool):
             raise TypeError(f"Streaming: chunk_frames must be a number, got {self.chunk_frames!r}")
         if not 0 < self.chunk_frames < inf:
             raise ValueError(f"Streaming: chunk_frames must be above 0 and finite, got {self.chunk_frames}")
@@ -86,6 +86,11 @@ class Streaming:
         with open_spill(self.spill, self.folder) as spill:
             yield from made_one_by_one(pull_chunks(recorded, run, spill), x.device)
 
+    def as_run_by(self, model: Model, num_frames: int) -> Streaming:
+        """What a model makes of it for a clip of so many frames: its own steps where it has any, which it prints."""
+        is_stepping = not self.by_layer and loop_of(model, num_frames) is not None
+        return OwnSteps() if is_stepping else self
+
     def share(self, num_frames: int) -> Fraction:
         """Of all frames of a clip, those at a time."""
         return min(Fraction(1), Fraction(self.chunk_frames) / num_frames)
@@ -94,6 +99,13 @@ class Streaming:
         frames = "frame" if self.chunk_frames == 1 else "frames"
         layers = "layer by layer, " if self.by_layer else ""
         return f"streaming: {layers}{self.chunk_frames} {frames} of the clip at a time, spill on {self.spill}"
+
+
+class OwnSteps(Streaming):
+    """`Streaming` for a model that is known to step through the clip by itself."""
+
+    def __str__(self) -> str:
+        return f"streaming: {REMARK}"
 
 
 def tensor_of(result: Any) -> Tensor:

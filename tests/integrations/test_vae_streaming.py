@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -231,6 +232,23 @@ def test_tiling_of_a_model_that_steps_by_itself_stands_against_streaming():
         decode(vae, latents("wan", 3), plan=BY_FRAME)
 
 
+@pytest.mark.parametrize("is_framewise", [True, False])
+def test_tiles_that_cannot_be_recorded_name_what_to_switch_off(is_framewise: bool):
+    vae, z, x = build("hunyuan_video"), torch.randn(1, 4, 5, 3, 1), torch.rand(1, 3, 17, 24, 8)
+    vae.use_framewise_decoding = vae.use_framewise_encoding = is_framewise
+    vae.enable_tiling(16, 16, 16, 8, 8, 12)
+    for run in (
+        lambda: plan_tiles(vae, tuple(z.shape), "10GiB", z.dtype),
+        lambda: decode(vae, z, plan=TilePlan(Streaming(by_layer=True))),
+        lambda: encode(vae, x, memory_budget="10GiB"),
+        *([] if is_framewise else [lambda: decode(vae, z, plan=BY_FRAME)]),
+    ):
+        with pytest.raises(
+            TypeError, match=r"tiling of AutoencoderKLHunyuanVideo must be off.* disable_tiling\(\).*=True"
+        ):
+            run()
+
+
 def test_windows_of_a_model_are_tiled_as_it_does():
     vae, z = build("hunyuan_video"), latents("hunyuan_video", 9)
     vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=16)
@@ -240,6 +258,24 @@ def test_windows_of_a_model_are_tiled_as_it_does():
     assert torch.equal(gather(chunks), whole(lambda z: vae.decode(z).sample, z))
     vae.disable_tiling()
     assert not torch.equal(gather(chunks), whole(lambda z: vae.decode(z).sample, z))
+
+
+def test_qwen_image_2_1_takes_single_images_and_keeps_its_numbers():
+    diffusers = pytest.importorskip("diffusers")
+    if not hasattr(diffusers, "AutoencoderKLQwenImage21"):
+        pytest.skip("this diffusers has no AutoencoderKLQwenImage21")
+    torch.manual_seed(0)
+    sizes = {"base_dim": 8, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1}
+    sizes |= {"temperal_downsample": [False, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    vae = diffusers.AutoencoderKLQwenImage21(**sizes, scale_factor_spatial=4).eval().requires_grad_(False)
+    z = torch.randn(1, 4, 1, 4, 4)
+    before, truth = whole(decoder_of(vae), z), whole(decoder_of(copy.deepcopy(vae).double()), z.double())
+    assert apply_opensora_kernels(vae).replaced
+    after = whole(decoder_of(vae), z)
+    assert_accurate(after, before, truth, "qwen_image_2.1")
+    assert torch.equal(gather(decode(vae, z, plan=BY_FRAME)), after)
+    with pytest.raises(ValueError, match=r"decode: z must have a shape that the model takes \(frames near 2: 1\)"):
+        decode(vae, torch.randn(1, 4, 2, 4, 4), plan=BY_FRAME)
 
 
 def test_latents_that_do_not_fit_are_refused_before_any_frame():

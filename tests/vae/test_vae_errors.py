@@ -122,6 +122,28 @@ def test_options_of_a_plan_are_checked():
         decode(only_odd_frames, torch.zeros(1, 4, 3, 4, 4), plan=STREAMING)
 
 
+def test_what_cannot_be_called_and_what_is_no_size_or_dtype_is_refused_before_anything_runs():
+    z, shape, seen = torch.zeros(1, 4, 3, 4, 4), (1, 4, 3, 4, 4), []
+    with pytest.raises(TypeError, match="decode: decoder must be callable, got 3"):
+        decode(3, z)
+    with pytest.raises(TypeError, match="encode: encoder must be callable, got 'wan'"):
+        encode("wan", z)
+    with pytest.raises(TypeError, match="plan_tiles: decoder must be callable, got None"):
+        plan_tiles(None, shape, "1GiB", torch.float32)
+    for run in (decode, encode):
+        with pytest.raises(TypeError, match=r"code: progress must be callable, got 3"):
+            run(lambda z: seen.append(z) or z, z, progress=3)
+    assert not seen
+    for bad in ((1, 4, 3.0, 4, 4), (1, 4, 3, "4", 4), "1x4x3", None):
+        with pytest.raises(TypeError, match=r"plan_tiles: shape must be \(B, C, T, H, W\) in whole numbers, got "):
+            plan_tiles(only_odd_frames, bad, "1GiB", torch.float32)
+    for bad in ("fp32", torch.int64, None):
+        with pytest.raises(TypeError, match=r"plan_tiles: dtype must be a floating-point torch.dtype, got "):
+            plan_tiles(only_odd_frames, shape, "1GiB", bad)
+    with pytest.raises(TypeError, match="chunk_frames must be a number, got True"):
+        Streaming(True)
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
