@@ -41,7 +41,7 @@ MODELS = {
     "wan": partial(models.WanLike, 32),
     "plan": partial(models.PlanLike, 32),
     "torch": partial(models.PlainTorch, 32),
-    "by_frame": partial(models.ByFrame, 32),
+    "by_frame": partial(models.ByFrame, 96),
     "open_sora": partial(OpenSora, 32),
     "encoder": partial(models.Encoder, 32),
 }
@@ -74,12 +74,12 @@ def is_met(found: dict[str, object]) -> bool:
 def cases() -> list[Case]:
     """48: six models, two dtypes, four budgets; peaks of 150 MiB and more, beside which libraries are small."""
     sizes = {
-        "wan": (1, 4, 5, 60, 72),
+        "wan": (1, 4, 5, 66, 78),
         "plan": (1, 4, 9, 84, 84),
         "torch": (1, 4, 9, 72, 72),
-        "by_frame": (1, 4, 11, 224, 224),
+        "by_frame": (1, 4, 15, 112, 112),
         "open_sora": (1, 4, 7, 150, 150),
-        "encoder": (1, 3, 25, 288, 288),
+        "encoder": (1, 3, 25, 320, 320),
     }
     found = []
     for dtype in ("float32", "bfloat16"):
