@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class Node:
 
     program(readers, run) yields chunks of the result; a result without `axis` is one piece. `reads_all[i]`: nothing
     comes out before all of inputs[i] went in. `remark`: why frames must wait for each other here, for the plan.
-    `skips`: frames of its one input that it never reads, from the first on.
+    `skips`: frames of its one input that it never reads, from the first on. `in_turn`: its inputs are read one after
+    the other. `is_state`: it takes the state that the program of its one input ends with, in place of its frames.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Node:
     reads_all: tuple[bool, ...] = ()
     remark: str = ""
     skips: int = 0
+    in_turn: bool = False
+    is_state: bool = False
 
     @property
     def num_frames(self) -> int:
@@ -96,21 +100,47 @@ def late_reads(nodes: Sequence[Node]) -> set[tuple[Node, int]]:
     """(reader, index of its input) for every read that comes a whole clip after another read of the same stream.
 
     The level of a node is the number of barriers before it. A node is run as late as its readers allow; a barrier reads
-    its input one level before its own.
+    its input one level before its own. Before levels count turns: those of the parts of which the result is joined.
     """
     level: dict[Node, int] = {}
     for node in nodes:
         below = [level[read] + is_barrier(node, index) for index, read in enumerate(node.inputs)]
         level[node] = max(below, default=0)
-    needed = {nodes[-1]: level[nodes[-1]]}
-    reads: dict[Node, list[tuple[int, Node, int]]] = {}
+    joins = set(joins_of(nodes[-1]))
+    needed: dict[Node, tuple[tuple[int, ...], int]] = {nodes[-1]: ((), level[nodes[-1]])}
+    reads: dict[Node, list[tuple[tuple[tuple[int, ...], int], Node, int]]] = {}
     for node in reversed(nodes):
         if node in reads:
             needed[node] = min(when for when, _, _ in reads[node])
+        turn, needed_level = needed[node]
         for index, read in enumerate(node.inputs):
-            when = level[node] - 1 if is_barrier(node, index) else needed[node]
-            reads.setdefault(read, []).append((when, node, index))
+            when = (*turn, index) if node in joins else turn
+            at = level[node] - 1 if is_barrier(node, index) else needed_level
+            reads.setdefault(read, []).append(((when, at), node, index))
     return {(node, index) for read, found in reads.items() for when, node, index in found if when > needed[read]}
+
+
+def joins_of(output: Node) -> list[Node]:
+    """The nodes that join the result of parts, as a model does that steps through its clip by itself."""
+    node = output
+    while not node.in_turn and len(node.inputs) == 1:
+        node = node.inputs[0]
+    found, stack = [], [node]
+    while stack:
+        node = stack.pop()
+        if node.in_turn:
+            found.append(node)
+            stack.extend(node.inputs)
+    return found
+
+
+def longest_part(output: Node) -> Fraction:
+    """The share of all frames that the longest of the parts has of which the result is joined; 1 if it is not."""
+    joins = joins_of(output)
+    if not joins:
+        return Fraction(1)
+    parts = [read.num_frames for node in joins for read in node.inputs if read not in joins]
+    return Fraction(max(parts), sum(parts))
 
 
 def num_frames_in(chunk: Any, axis: TimeAxis | None) -> int:

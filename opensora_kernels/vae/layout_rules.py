@@ -172,7 +172,9 @@ def _cat_in_time(step: Step, parts: list[Node], dim: int) -> Node | None:
     parts = [part if part.axis is not None else as_stream(part, dim) for part in parts if 0 not in part.shape]
     if any(part.axis is not None and part.axis != TimeAxis(dim, part.shape[dim]) for part in parts):
         return None
-    return step.node(programs.joined(), TimeAxis(dim, step.result.shape[dim]), inputs=tuple(parts))
+    node = step.node(programs.joined(), TimeAxis(dim, step.result.shape[dim]), inputs=tuple(parts))
+    node.in_turn = True
+    return node
 
 
 def stack(step: Step) -> Node | None:

@@ -6,7 +6,7 @@ frames, which every later frame waits for, and a norm of each chunk with those.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def nodes_for(step: Step) -> Node | list[Node]:
     """The nodes of `registration.call(op, *arguments)`, several results as a list."""
     op = step.args[0]
     named = Step(op, step.function, step.args, step.kwargs, step.inputs, step.call, step.results)
-    if named.is_of_pieces:
+    if named.is_of_pieces and not (op == "causal_conv3d" and _becomes_stream(step.args)):
         return named.whole()
     found = _RULES[op](named) if op in _RULES else None
     return named.whole() if found is None else found
@@ -105,38 +105,64 @@ _PER_FRAME, _STATISTICS, _RESIDUAL, _RETURN_STATE, _RETURN_STATISTICS = 17, 18, 
 def _causal_conv3d(step: Step) -> Node | list[Node] | None:
     arguments = list(step.args)
     clips = {index: argument.node for index, argument in enumerate(arguments) if hasattr(argument, "node")}
-    if _X not in clips or not _has_frames(clips[_X]):
+    if _X not in clips or not (_has_frames(clips[_X]) or _becomes_stream(arguments)):
         return _by_sample(step)
-    if arguments[_STATE] is not None or clips.keys() - {_X, _RESIDUAL, _STATISTICS}:
+    if clips.keys() - {_X, _RESIDUAL, _STATISTICS, _STATE}:
         return None
-    # a module may keep its state for a next call, which does not come: the node runs only if somebody reads it
-    states = [step.whole()[1]] if arguments[_RETURN_STATE] else []
-    inputs = {_X: clips[_X]}
+    inputs = {_X: as_stream(clips[_X], 2)}
     if arguments[_RESIDUAL] is not None:
         residual = clips.get(_RESIDUAL)
         inputs[_RESIDUAL] = constant_node(arguments[_RESIDUAL], 2) if residual is None else as_stream(residual, 2)
-    if arguments[_NORM] == "group" and not arguments[_PER_FRAME]:
-        inputs[_STATISTICS] = clips.get(_STATISTICS) or statistics(clips[_X])
+    needs_statistics = inputs[_X].num_frames > 1 or _STATISTICS in clips
+    if arguments[_NORM] == "group" and not arguments[_PER_FRAME] and needs_statistics:
+        inputs[_STATISTICS] = clips.get(_STATISTICS) or statistics(inputs[_X])
+    if arguments[_STATE] is not None:
+        inputs[_STATE] = clips.get(_STATE) or constant_node(arguments[_STATE], 2)
     returns_statistics = arguments[_RETURN_STATISTICS]
-    arguments[_RETURN_STATE] = arguments[_RETURN_STATISTICS] = False
     out = _convolution(step.name, arguments, inputs, step.result)
     if out is None:
         return None
+    # a module may keep its state for a next call, which does not come: the node runs only if somebody reads it
+    states = [_state(step, out)] if arguments[_RETURN_STATE] else []
     return [out, *states, *([statistics(out)] if returns_statistics else [])]
 
 
+def _becomes_stream(arguments: Sequence[Any]) -> bool:
+    """Whether a causal convolution reads frames from a piece, or one frame between two states."""
+    node = getattr(arguments[_X], "node", None)
+    if node is None or node.axis is not None or len(node.shape) != 5:
+        return False
+    return node.shape[2] > 1 or arguments[_STATE] is not None or arguments[_RETURN_STATE]
+
+
+def _state(step: Step, out: Node) -> Node:
+    """The state that the convolution `out` ends with."""
+    kept = step.results[1]
+    if kept.shape[2] != _span(step.args) - step.args[_STRIDE][0]:  # the last frames filled no window
+        return step.whole()[1]
+    return Node("state", programs.pass_on(), (out,), tuple(kept.shape), kept.dtype, None, (True,), is_state=True)
+
+
+def _span(arguments: Sequence[Any]) -> int:
+    """How many frames each window of a convolution spans."""
+    return arguments[_DILATION][0] * (arguments[_WEIGHT].shape[2] - 1) + 1
+
+
 def _convolution(name: str, arguments: list[Any], inputs: dict[int, Node], result: Tensor) -> Node | None:
-    """A causal convolution that carries its state; `inputs` by their places in `arguments`, x first."""
-    span = arguments[_DILATION][0] * (arguments[_WEIGHT].shape[2] - 1) + 1
+    """A causal convolution that carries its state; `inputs` by their places in `arguments`, x first, the state last."""
+    span = _span(arguments)
     stride, num_front = arguments[_STRIDE][0], arguments[_TIME_PAD]
     if stride > span:
         return None
-    arguments = [None if place in (_X, _RESIDUAL, _STATISTICS) else value for place, value in enumerate(arguments)]
-    if span == stride == 1 and num_front == 0:
+    is_pointwise = span == stride == 1 and num_front == 0 and not arguments[_RETURN_STATE] and _STATE not in inputs
+    read = (_X, _STATE, _RESIDUAL, _STATISTICS)
+    arguments = [None if place in read else value for place, value in enumerate(arguments)]
+    arguments[_RETURN_STATE], arguments[_RETURN_STATISTICS] = not is_pointwise, False
+    if is_pointwise:
         program = programs.each_chunk(_flat_call(lambda *args: call(*args)[0], arguments, [*inputs]))
     else:
-        arguments[_RETURN_STATE] = True
-        program = programs.convolved(_flat_call(call, arguments, [_STATE, *inputs]), span, stride, num_front)
+        places = [_STATE, *(place for place in inputs if place != _STATE)]
+        program = programs.convolved(_flat_call(call, arguments, places), span, stride, num_front, _STATE in inputs)
     axis = TimeAxis(2, result.shape[2])
     return stream(name, program, tuple(inputs.values()), tuple(result.shape), result.dtype, axis)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from opensora_kernels.norms import frame_statistics
 
 from .graph import Call, TimeAxis, join, narrow, num_frames_in
-from .streams import Reader, Run, Stage
+from .streams import Ending, Reader, Run, Stage
 
 Program = Callable[[list[Reader], Run], Iterator[Any]]
 
@@ -222,16 +222,20 @@ def _doubled(frames: Tensor, start: int, num_frames: int) -> Tensor:
     return twice[:, :, 2 * start : 2 * (start + num_frames)]
 
 
-def convolved(call: Call, span: int, stride: int, num_front: int) -> Program:
+def convolved(call: Call, span: int, stride: int, num_front: int, is_given_state: bool = False) -> Program:
     """call([state, frames...]) -> [result, state for the next frames], as `causal_conv3d` with `return_state`.
 
-    The first reader's frames are convolved; the others are pieces, or streams with a frame for each of the result.
+    The first reader's frames are convolved; the others are pieces, or streams with a frame for each of the result. The
+    last may be the state to begin with. The state behind the last frame comes out with the last chunk.
     """
 
     def program(readers: list[Reader], run: Run) -> Iterator[Any]:
         x, *others = readers
         step = run.step(x.num_frames, stride)
         state: Tensor | None = None
+        if is_given_state:
+            given = others.pop()
+            state = yield from given.take(given.num_frames)
         while not x.is_at_end:
             have = num_front if state is None else state.shape[2]
             missing = max(1, span - have)
@@ -242,7 +246,7 @@ def convolved(call: Call, span: int, stride: int, num_front: int) -> Program:
             values += yield from _frames_of_each(others, (have + length - span) // stride + 1)
             results = _emptied(call, values, run)
             state = results.pop()
-            yield results.pop()
+            yield Ending(results.pop(), state) if x.is_at_end else results.pop()
 
     return program
 

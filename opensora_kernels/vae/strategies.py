@@ -59,7 +59,8 @@ class Streaming:
     `folder` (None: the system's place for them), which are gone when the run ends, however it ends.
     A fraction of a frame makes steps smaller than what one frame of the clip becomes.
     A model that steps through the clip by itself (see `decoder_of`) does so: its steps are its own. `by_layer`: it is
-    recorded over all frames instead, as any other model is, and each of its layers streams.
+    recorded over all frames instead, as any other model is, and each of its layers streams, step after step; the frames
+    at a time are those of one step at most.
     """
 
     chunk_frames: int | Fraction = 1

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
 
-from .graph import Node, join, late_reads, narrow, nodes_of, num_frames_in
+from .graph import Node, join, late_reads, longest_part, narrow, nodes_of, num_frames_in
 from .spill import Parked, Spill
 
 
@@ -37,6 +37,14 @@ class Run:
         return max(1, -(-wanted // multiple)) * multiple
 
 
+@dataclass(frozen=True)
+class Ending:
+    """The last chunk that a program makes, and the state behind it."""
+
+    chunk: Tensor
+    state: Tensor
+
+
 class Stage:
     """A node at work."""
 
@@ -49,12 +57,16 @@ class Stage:
         self.program = node.program(readers, run)
 
     def put(self, chunk: Any, spill: Spill) -> None:
+        readers = [reader for reader in self.readers if not reader.is_closed]
+        if isinstance(chunk, Ending):
+            self._hand_on(chunk.state, [reader for reader in readers if reader.takes_state], spill)
+            chunk = chunk.chunk
         num_frames = num_frames_in(chunk, self.node.axis)
-        readers = [reader for reader in self.readers if not reader.is_closed and not reader.passes(num_frames)]
+        readers = [reader for reader in readers if not reader.takes_state and not reader.passes(num_frames)]
         parked = None
         some_are_early = any(not reader.is_late for reader in readers)
         for reader in readers:
-            if reader.is_late and some_are_early:
+            if reader.is_late and some_are_early and isinstance(chunk, Tensor):
                 parked = spill.put(chunk) if parked is None else parked
                 reader.receive(parked, num_frames)
             else:
@@ -62,6 +74,10 @@ class Stage:
         self.num_made += num_frames
         if self.num_made >= self.node.num_frames:
             self.finish()
+
+    def _hand_on(self, state: Tensor, readers: list[Reader], spill: Spill) -> None:
+        for reader in readers:
+            reader.receive(spill.put(state) if reader.is_late else state, 1)
 
     def finish(self) -> None:
         """Nothing more will be read or made."""
@@ -74,9 +90,11 @@ class Stage:
 class Reader:
     """The frames of one stream that one reader has still to read."""
 
-    def __init__(self, stage: Stage, is_late: bool, skips: int = 0) -> None:
+    def __init__(self, stage: Stage, is_late: bool, skips: int = 0, takes_state: bool = False) -> None:
         self.stage, self.axis, self.num_frames = stage, stage.node.axis, stage.node.num_frames
-        self.is_late, self.is_closed = is_late, False
+        if takes_state:
+            self.axis, self.num_frames = None, 1
+        self.is_late, self.is_closed, self.takes_state = is_late, False, takes_state
         self.position = self.available = 0
         self._skips = skips
         self._queue: deque[tuple[Any, int, int]] = deque()  # chunk, first frame of it to read, number of frames
@@ -152,9 +170,13 @@ def pull_chunks(output: Node, run: Run, spill: Spill) -> Iterator[Any]:
     """The chunks of `output`, in order."""
     nodes = nodes_of(output)
     late = late_reads(nodes)
+    run = replace(run, share=min(Fraction(1), run.share / longest_part(output)))
     stages: dict[Node, Stage] = {}
     for node in nodes:
-        readers = [Reader(stages[read], (node, index) in late, node.skips) for index, read in enumerate(node.inputs)]
+        readers = [
+            Reader(stages[read], (node, index) in late, node.skips, node.is_state)
+            for index, read in enumerate(node.inputs)
+        ]
         stages[node] = Stage(node, readers, run)
     last = stages[output]
     result = Reader(last, is_late=False)

@@ -70,6 +70,38 @@ def test_the_size_of_chunks_changes_no_bit(name: str):
     assert torch.equal(in_ones, in_threes)
 
 
+class Stepping(nn.Module):
+    """Steps through frames by itself, with the states of two convolutions; the second strides."""
+
+    def __init__(self, lengths: list[int], stride: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lengths, self.stride = lengths, stride
+        self.weights = [torch.randn(4, 4, 3, 3, 3) / 10 for _ in range(2)]
+
+    def forward(self, z: Tensor) -> Tensor:
+        results, states = [], (None, None)
+        for frames in z.split(self.lengths, 2):
+            hidden, first = causal_conv3d(
+                frames, self.weights[0], time_padding="replicate", state=states[0], return_state=True
+            )
+            result, second = causal_conv3d(
+                hidden, self.weights[1], stride=(self.stride, 1, 1), state=states[1], return_state=True,
+                activation="silu",
+            )  # fmt: skip
+            results.append(result)
+            states = (first, second)
+        return torch.cat(results, 2)
+
+
+@pytest.mark.parametrize("spill", ["device", "file"])
+@pytest.mark.parametrize(("lengths", "stride"), [([3, 2, 2], 1), ([1, 1, 1, 1], 1), ([5, 4], 2), ([3, 3], 2)], ids=str)
+def test_steps_of_a_models_own_stream_with_the_states_between_them(lengths: list[int], stride: int, spill: str):
+    model, z = Stepping(lengths, stride), clip("wan", sum(lengths), batch=2)
+    for chunk_frames in (Fraction(1, 2), 1, 2, 9):
+        assert torch.equal(gather(stream(model, z, chunk_frames, spill)), model(z))
+
+
 @pytest.mark.parametrize("name", ["wan", "open_sora"])
 def test_channels_last_clips_stream_too(name: str):
     model, x = build(MODELS[name]), clip(name, 5, batch=2)
