@@ -50,7 +50,9 @@ def run_padding_tuple(conv: nn.Conv3d, x: Tensor, cache: Tensor | None, **fused:
         cache = cache.to(x.device)
         if cache.shape[2] < num_front:  # a first chunk of one frame: zeros stand before it
             cache = nn.functional.pad(cache, (0, 0, 0, 0, num_front - cache.shape[2], 0))
-    return convolve(conv, x, ("zeros", pads), time_pad=num_front, state=cache, return_state=True, **fused)
+    num_seen = x.shape[2] + (0 if cache is None else num_front)
+    out, state = convolve(conv, x, ("zeros", pads), time_pad=num_front, state=cache, return_state=True, **fused)
+    return out, state if num_seen >= num_front else _last_frames(state, num_seen)
 
 
 def forward_padding_tuple(self: nn.Module, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
