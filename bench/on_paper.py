@@ -2,7 +2,7 @@
 
 Every version runs on tensors without data, and what would be alive is counted, with the workspaces of a CPU's library:
 what `plan_tiles` predicts, held to measured peaks by the tests. Rivals, clips and modes are those of `python -m bench
-model --what vae_decode`; streamed: the least that streaming on the device takes, for frames that are let go.
+model --what vae_decode`; streamed: its own steps, or a frame of latents at a time, for frames that are let go.
 
   python -m bench memory --models wan_2.1,cogvideox --dtype fp32 bf16 --json memory.json
 """

@@ -217,15 +217,12 @@ class _Subject:
         _ = self.recorded  # first, for its errors
         return self.whole
 
-    def is_stepping(self, strategy: Strategy) -> bool:
-        return self.loop is not None and isinstance(strategy, Streaming) and not strategy.by_layer
-
     def predict(self, strategy: Any) -> Prediction:
         if isinstance(strategy, Whole):
             return self.whole
-        if self.is_stepping(strategy):
-            return self.steps
         if isinstance(strategy, Streaming):
+            if strategy.loop_in(self.model, self.shape[2]) is not None:
+                return self.steps
             return _predict_streaming(strategy, self.recorded, self.shape, self.dtype, self.device)
         found = strategy.predict(self.model, self.shape, self.dtype, self.device)
         return replace(found, peak_bytes=_with_margin(found.peak_bytes)) if isinstance(strategy, Tiled) else found

@@ -121,7 +121,7 @@ def _run(
         if not plan.strategy.is_exact:
             warnings.warn(f"{caller}: in {memory_budget} nothing exact fits, seams may show: {plan}", stacklevel=3)
     strategy = Whole() if plan is None else plan.strategy
-    if isinstance(strategy, Streaming) and (strategy.by_layer or loop_of(model, x.shape[2]) is None):
+    if isinstance(strategy, Streaming) and strategy.loop_in(model, x.shape[2]) is None:
         if strategy.by_layer and not plan.was_made_for(x):
             _check_model(caller, name, model, Streaming(), x, needs_length=False)
         recorded = recorded_for(caller, name, model, tuple(x.shape), x.dtype, x.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .clip import record
 from .graph import Node
 from .inference import inference, made_one_by_one
-from .loops import REMARK, loop_of
+from .loops import REMARK, Loop, loop_of
 from .spill import Place, open_spill
 from .streams import Run, pull_chunks
 
@@ -78,7 +78,7 @@ class Streaming:
             raise ValueError(f"Streaming: spill must be one of {', '.join(get_args(Place))}, got {self.spill!r}")
 
     def run(self, model: Model, x: Tensor) -> Iterator[Tensor]:
-        if not self.by_layer and (loop := loop_of(model, x.shape[2])) is not None:
+        if (loop := self.loop_in(model, x.shape[2])) is not None:
             return loop.chunks(x)
         return self.run_recorded(record(model, tuple(x.shape), x.dtype, x.device), x)
 
@@ -87,10 +87,13 @@ class Streaming:
         with open_spill(self.spill, self.folder) as spill:
             yield from made_one_by_one(pull_chunks(recorded, run, spill), x.device)
 
+    def loop_in(self, model: Model, num_frames: int) -> Loop | None:
+        """The model's own loop over so many frames, if that is what runs."""
+        return None if self.by_layer else loop_of(model, num_frames)
+
     def as_run_by(self, model: Model, num_frames: int) -> Streaming:
         """What a model makes of it for a clip of so many frames: its own steps where it has any, which it prints."""
-        is_stepping = not self.by_layer and loop_of(model, num_frames) is not None
-        return OwnSteps() if is_stepping else self
+        return self if self.loop_in(model, num_frames) is None else OwnSteps()
 
     def share(self, num_frames: int) -> Fraction:
         """Of all frames of a clip, those at a time."""
