@@ -5,11 +5,15 @@ Axes: B batch, C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from opensora_kernels.norms import Norm
 from opensora_kernels.ops.group_norm_silu import group_norm_silu
+from opensora_kernels.ops.rms_norm import rms_norm
 from opensora_kernels.ops.rms_norm_silu import rms_norm_silu
+
+from .steps import frame_steps
 
 # F.normalize's least length, which WanRMS_norm and its kin leave as it is.
 _LEAST_LENGTH = 1e-12
@@ -55,6 +59,17 @@ def apply_norm(norm: Norm, x: Tensor, activation: str | None) -> Tensor:
 
 def norm_silu_forward(self: nn.Module, x: Tensor) -> Tensor:
     return apply_norm(norm_of(self), x, "silu")
+
+
+def norm_of_last_axis_forward(self: nn.Module, x: Tensor) -> Tensor:
+    """LTX: RMS over the last axis; of clips (B, T, H, W, C) on a CPU a few frames at a time, for what fp32 takes."""
+    steps = frame_steps(x.movedim(-1, 1), 1) if x.dim() == 5 else []
+    if len(steps) < 2:
+        return rms_norm(x, self.weight, eps=self.eps)
+    out = torch.empty_like(x)
+    for frames in steps:
+        out[:, frames] = rms_norm(x[:, frames], self.weight, eps=self.eps)
+    return out
 
 
 def identity_forward(self: nn.Module, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The ends of encoders and decoders: a norm followed by SiLU, which become one operator.
 
 The forward around them is not ours, so that the norm's forward does both and the activation's gives its input back.
+LTX's is a norm of the last axis, with a modulation before the SiLU where there are time steps: the norm alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .comparison import disagreement_on
-from .norms import apply_norm, identity_forward, norm_of, norm_silu_forward
+from .norms import apply_norm, identity_forward, norm_of, norm_of_last_axis_forward, norm_silu_forward
 from .rehearsals import once
 
 _NORMS = ("norm_out", "conv_norm_out")
@@ -25,23 +26,44 @@ def tails_of(model: nn.Module) -> Iterator[tuple[str, Callable[..., Any], str]]:
     """(name, forward, operator) for each norm and each SiLU at the end of an encoder or decoder in `model`."""
     for name, module in model.named_modules():
         for norm_name in _NORMS:
+            if _is_of_last_axis(getattr(module, norm_name, None), module):
+                yield _join(name, norm_name), norm_of_last_axis_forward, "rms_norm"
             for activation_name in _ACTIVATIONS:
                 norm, activation = getattr(module, norm_name, None), getattr(module, activation_name, None)
                 if not _is_pair(norm, activation) or not _follow_directly(module, norm_name, activation_name):
                     continue
-                prefix = f"{name}." if name else ""
                 operator = "rms_norm_silu" if norm_of(norm).kind == "rms" else "group_norm_silu"
-                yield prefix + norm_name, norm_silu_forward, operator
-                yield prefix + activation_name, identity_forward, f"{operator} of {norm_name}"
+                yield _join(name, norm_name), norm_silu_forward, operator
+                yield _join(name, activation_name), identity_forward, f"{operator} of {norm_name}"
+
+
+def _join(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _is_of_last_axis(norm: Any, module: nn.Module) -> bool:
+    names = ("eps", "dim", "weight", "bias", "elementwise_affine")
+    if not isinstance(norm, nn.Module) or not all(hasattr(norm, name) for name in names) or norm.bias is not None:
+        return False
+    weight = next(module.parameters(), None)
+    if weight is None or not _is_free(norm):
+        return False
+    shape = [1, 3, 4, 4, 8 if norm.weight is None else norm.weight.numel()]
+    return disagreement_on(norm, norm_of_last_axis_forward, once, shape, weight) is None
+
+
+def _is_free(module: nn.Module) -> bool:
+    has_hooks = module._forward_hooks or module._forward_pre_hooks
+    return not has_hooks and "forward" not in module.__dict__
 
 
 def _is_pair(norm: Any, activation: Any) -> bool:
     if not isinstance(norm, nn.Module) or type(activation) is not nn.SiLU:
         return False
-    is_free = not any(part._forward_hooks or part._forward_pre_hooks for part in (norm, activation))
-    is_theirs = "forward" not in norm.__dict__ and "forward" not in activation.__dict__
+    if not _is_free(norm) or not _is_free(activation):
+        return False
     is_plain = type(norm) is nn.GroupNorm or hasattr(norm, "gamma") or hasattr(norm, "chunk_size")
-    return is_free and is_theirs and is_plain and norm_of(norm) is not None and _is_alike(norm)
+    return is_plain and norm_of(norm) is not None and _is_alike(norm)
 
 
 def _is_alike(norm: nn.Module) -> bool:

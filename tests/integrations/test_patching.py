@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.families import FAMILIES, decode, encode
-from opensora_kernels import apply_opensora_kernels, causal_conv3d, upsample_conv3d
+from opensora_kernels import apply_opensora_kernels, causal_conv3d, cpu_steps, upsample_conv3d
 from opensora_kernels.integrations.comparison import likeness
 from opensora_kernels.integrations.recipes import recipe_of
 from opensora_kernels.integrations.report import is_patched
@@ -113,6 +113,20 @@ def test_a_norm_of_another_class_at_the_end_of_a_decoder_keeps_its_forward():
         apply_opensora_kernels(vae)
         torch.testing.assert_close(decode(vae, z), before, rtol=1e-4, atol=1e-4)
     assert not is_patched(vae.decoder.norm_out)
+
+
+def test_a_norm_of_the_last_axis_at_the_end_of_a_decoder_runs_a_few_frames_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    vae = FAMILIES["ltx"].build()
+    norm = vae.decoder.norm_out
+    x = torch.randn(2, 8, 5, 4, 6).movedim(1, -1)
+    expected = norm(x)
+    apply_opensora_kernels(vae)
+    assert is_patched(norm)
+    monkeypatch.setattr(cpu_steps, "STEP_BYTES", 2 * x[:, 0].nbytes)
+    with torch.no_grad():
+        found = norm(x)
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == x.stride()  # frames stay behind one another, as the convolution wants them
 
 
 def test_undo_leaves_what_others_put_on_top_and_names_the_module():
