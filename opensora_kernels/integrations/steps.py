@@ -33,6 +33,6 @@ def frame_steps(x: Tensor, num_least: int) -> list[slice]:
     num_frames = x.shape[2]
     if not may_write(x) or not is_on_cpu(x) or not x.numel():
         return [slice(0, num_frames)]
-    each = frames_at_once(num_frames, x.nbytes // num_frames, x.shape[0] * x.shape[1] * x.shape[3], x.dtype)
+    each = frames_at_once(x.nbytes // num_frames)
     stops = [*range(max(each, num_least), num_frames, each), num_frames]
     return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opensora_kernels.cpu_steps import LEAST_ROWS
+from opensora_kernels.cpu_convolution import unfolds
 
 from .clip import Clip, on_meta
 from .streams import Run
@@ -245,8 +245,7 @@ def _of_convolution(x: Tensor, weight: Tensor, dilation: list[int], out: Tensor)
     kernel = weight.shape[2:]
     if x.dtype is not torch.float32:
         return copy + max(x.nbytes + 2 * weight.nbytes, 2 * out.nbytes)
-    is_large = prod(x.shape[:4]) > LEAST_ROWS or x.shape[0] > 16 or max(kernel) > 3 or max(dilation) > 1
-    if not is_large and torch.get_num_threads() == 1:
+    if unfolds(x, weight, dilation):
         return copy + x.shape[1] * prod(kernel) * (out.numel() // prod(out.shape[:2])) * x.itemsize
     if max(kernel) == 1:
         return copy

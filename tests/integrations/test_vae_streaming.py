@@ -203,7 +203,7 @@ def test_layers_stream_where_the_models_own_steps_do_not_fit():
     [
         ("cogvideox", "device", 0.8, (3,)),
         ("cogvideox", "file", 0.5, (3, 4)),
-        ("wan", "device", 0.95, (5, 9)),
+        ("wan", "device", 1.0, (5, 9)),
         ("wan", "file", 0.75, (3,)),
     ],
 )

@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_kernels import cpu_steps
+from opensora_kernels import cpu_convolution, cpu_steps
 from opensora_kernels.causal_padding import pad_for_convolution, pad_time
-from opensora_kernels.norms import frame_statistics, group_statistics, memory_format
+from opensora_kernels.norms import frame_statistics, group_statistics, like, memory_format
 
 from . import reference
 
@@ -27,8 +26,10 @@ def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
      norm_weight, norm_bias, num_groups, eps, per_frame, statistics, activation, residual, return_state,
      return_statistics) = values  # fmt: skip
     steps = [] if _wants_gradients(values) else _steps(*values)
-    if len(steps) < 2:
+    if not steps:
         return reference.causal_conv3d(*values)
+    if state is not None and not state.shape[2]:  # of a kernel of one tap
+        state, time_pad = None, 0
     looks_across_frames = norm == "group" and not per_frame
     if looks_across_frames and statistics is None:
         statistics = group_statistics(x, num_groups)
@@ -45,16 +46,19 @@ def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
         if window is None and carries:
             front = None if state is None else pad_for_convolution(state, 0, space_pad, "none", space_padding, None)[0]
             window = pad_time(hidden, time_pad, time_padding, front)
-            window = window.clone() if window is hidden else window  # it is written into
+            window = window.clone() if window is hidden and len(steps) > 1 else window  # it is written into
         else:
             window = _slide(window, num_kept, hidden) if carries else hidden
         del hidden  # not held while the convolution makes its own copies
-        step = F.conv3d(window, weight, bias, stride, padding, dilation, groups)
+        step = cpu_convolution.conv3d(window, weight, bias, stride, padding, dilation, groups)
         num_kept = window.shape[2] - num_results * stride[0]
         if residual is not None:
             step.add_(residual[:, :, results])
         if return_statistics:
             out_statistics.append(frame_statistics(step))
+        if out is None and len(steps) == 1:
+            out = like(x, step)
+            break
         if out is None:  # autocast chooses its dtype
             shape = (*step.shape[:2], sum(count for _, count in steps), *step.shape[3:])
             out = torch.empty(shape, dtype=step.dtype, device=x.device, memory_format=memory_format(x))
@@ -112,7 +116,8 @@ def why_slower(*values: Any) -> str | None:
         return "torch.compile plans the memory of the reference itself"
     if _wants_gradients(values):
         return "gradients keep what every step makes, so that steps save nothing"
-    if len(_steps(*values)) < 2:
+    x, weight, _, _, dilation = values[:5]
+    if len(_steps(*values)) < 2 and not cpu_convolution.unfolds(x, weight, dilation):
         return f"the clip is no larger than one step of {cpu_steps.STEP_BYTES >> 20} MiB"
     return None
 
@@ -124,7 +129,7 @@ def _wants_gradients(values: tuple[Any, ...]) -> bool:
 def _num_frames(x: Tensor) -> int:
     """Frames of x that one step reads."""
     frame_bytes = x.element_size() * x.numel() // max(1, x.shape[2])
-    return cpu_steps.frames_at_once(x.shape[2], frame_bytes, x.shape[0] * x.shape[1] * x.shape[3], x.dtype)
+    return cpu_steps.frames_at_once(frame_bytes)
 
 
 def _steps(x: Tensor, weight: Tensor, *others: Any) -> list[tuple[int, int]]:

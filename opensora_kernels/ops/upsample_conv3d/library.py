@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_kernels.causal_padding import pad_time
+from opensora_kernels.cpu_convolution import conv3d
 from opensora_kernels.cpu_steps import frames_at_once
 from opensora_kernels.norms import memory_format
 from opensora_kernels.ops.causal_conv3d import causal_conv3d
@@ -47,8 +48,7 @@ def upsample_conv3d(
     num_results = num_frames + time_pad - num_more
     shape = (num_samples, weight.shape[0], num_results, 2 * height, 2 * width)
     frame_bytes = prod(shape) // num_results * x.itemsize
-    num_rows = num_samples * x.shape[1] * height if num_more else None
-    each = frames_at_once(num_results, frame_bytes, num_rows, x.dtype, num_more)
+    each = frames_at_once(frame_bytes)
     out = None
     for start in range(0, num_results, each):
         stop = min(start + each, num_results)
@@ -81,8 +81,8 @@ def _summed(weight: Tensor) -> list[tuple[int, int, Tensor]]:
 
 
 def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None, pad: int) -> Tensor:
-    if weight.shape[2] > 1:
-        return F.conv3d(window, weight, bias, padding=(0, pad, pad))
+    if weight.shape[2] > 1 or window.dtype is torch.float32:
+        return conv3d(window, weight, bias, padding=(0, pad, pad))
     frames = window.transpose(1, 2).flatten(0, 1)  # PyTorch's 2-D convolution takes less time than its 3-D one
     out = F.conv2d(frames, weight[:, :, 0], bias, padding=pad)
     return out.unflatten(0, (window.shape[0], -1)).transpose(1, 2)

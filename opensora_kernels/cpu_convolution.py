@@ -1,0 +1,73 @@
+"""3-D convolution on a CPU by oneDNN, for clips of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opensora_kernels.norms import memory_format
+
+NUM_ROWS = 20480
+"""PyTorch itself gives an fp32 convolution of one clip to oneDNN if B*C*T*H is larger (ConvParams::use_mkldnn)."""
+
+_is_foreseen: ContextVar[bool] = ContextVar("is_foreseen", default=False)
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+    dilation: Sequence[int] = (1, 1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """F.conv3d of tensors that want no gradient, in fp32 always by oneDNN.
+
+    PyTorch gives small clips to a kernel that copies every window: 27 clips of memory, and 1.2 to 15 times the time
+    (torch 2.13, a Xeon, 2026-11-22: 3 frames of 26 x 26 with 128 channels, 5 of 98 x 98 with 16).
+    """
+    if not _is_for_onednn(x, weight):
+        return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+    if x.is_meta:
+        with _foreseen():
+            return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+    x, weight = (each.contiguous(memory_format=memory_format(x)) for each in (x, weight))  # it does not look at strides
+    bias = bias if bias is None else bias.contiguous()
+    if weight.shape[2] > 1 or stride[0] > 1 or padding[0] > 0:
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+    # of 3-D kernels of one tap in time it chooses by the number of frames, and chunks would differ from the whole
+    frames, kernel = x.transpose(1, 2).flatten(0, 1), weight[:, :, 0]
+    out = torch.mkldnn_convolution(frames, kernel, bias, padding[1:], stride[1:], dilation[1:], groups)
+    return out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def unfolds(x: Tensor, weight: Tensor, dilation: Sequence[int]) -> bool:
+    """Whether PyTorch's convolution of x on a CPU, or on meta tensors for one, copies every window."""
+    is_small = x.shape[:4].numel() <= NUM_ROWS and x.shape[0] <= 16
+    is_simple = 1 < max(weight.shape[2:]) <= 3 and max(dilation) == 1
+    return x.dtype is torch.float32 and is_small and is_simple and not _is_foreseen.get()
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    is_plain = type(x) is Tensor and x.dtype is weight.dtype is torch.float32 and x.numel() > 0
+    has_windows = max(weight.shape[2:]) > 1  # a kernel of 1 x 1 x 1 is a matrix product, of which nothing is copied
+    if not is_plain or not has_windows or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    mkldnn = torch.backends.mkldnn
+    return x.device.type in ("cpu", "meta") and mkldnn.is_available() and mkldnn.enabled
+
+
+@contextmanager
+def _foreseen() -> Iterator[None]:
+    """On paper PyTorch's convolution stands for oneDNN's."""
+    token = _is_foreseen.set(True)
+    try:
+        yield
+    finally:
+        _is_foreseen.reset(token)
