@@ -180,6 +180,7 @@ def test_a_clip_is_freed_chunk_by_chunk_as_its_last_reader_passes(tmp_path: Path
     assert sum(path.stat().st_size for path in files_below(tmp_path) if path.is_file()) < 0.5 * at_first
 
 
+@torch.no_grad()
 def test_gather_fills_a_tensor_of_the_caller():
     model, x = build(MODELS["wan"]), clip("wan", 5, batch=2)
     out = torch.empty(2, 3, 17, 16, 24)
@@ -220,6 +221,7 @@ def test_autocast_where_chunks_are_asked_for_changes_nothing(plan: TilePlan | No
     assert torch.equal(frames, model(x))
 
 
+@torch.no_grad()
 def test_encoding_streams_like_decoding():
     encoder, x = build(MODELS["strides_encoder"]), clip("strides_encoder", 9, batch=2)
     assert torch.equal(gather(encode(encoder, x, plan=TilePlan(Streaming(4)))), encoder(x))
