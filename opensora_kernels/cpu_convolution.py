@@ -32,7 +32,7 @@ def conv3d(
     PyTorch gives small clips to a kernel that copies every window: 27 clips of memory, and 1.2 to 15 times the time
     (torch 2.13, a Xeon, 2026-11-22: 3 frames of 26 x 26 with 128 channels, 5 of 98 x 98 with 16).
     """
-    if not _is_for_onednn(x, weight):
+    if not is_for_onednn(x, weight):
         return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
     if x.is_meta:
         with _foreseen():
@@ -47,14 +47,15 @@ def conv3d(
     return out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
-def unfolds(x: Tensor, weight: Tensor, dilation: Sequence[int]) -> bool:
+def unfolds(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's convolution of x on a CPU, or on meta tensors for one, copies every window."""
-    is_small = x.shape[:4].numel() <= NUM_ROWS and x.shape[0] <= 16
-    is_simple = 1 < max(weight.shape[2:]) <= 3 and max(dilation) == 1
+    is_small = x.shape[0] == 1 and x.shape[:4].numel() <= NUM_ROWS
+    is_simple = x.shape[1] == weight.shape[1] and min(weight.shape[-2:]) <= 3 and max(weight.shape[2:]) > 1
     return x.dtype is torch.float32 and is_small and is_simple and not _is_foreseen.get()
 
 
-def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+def is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `conv3d` goes past PyTorch's choice."""
     is_plain = type(x) is Tensor and x.dtype is weight.dtype is torch.float32 and x.numel() > 0
     has_windows = max(weight.shape[2:]) > 1  # a kernel of 1 x 1 x 1 is a matrix product, of which nothing is copied
     if not is_plain or not has_windows or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):

@@ -207,7 +207,7 @@ def _hidden_bytes(func: Any, args: tuple[Any, ...], outputs: list[Tensor], devic
     if device.type != "cpu":
         return 0
     if func is aten.convolution.default:
-        return _of_convolution(args[0], args[1], args[5], outputs[0])
+        return _of_convolution(args[0], args[1], outputs[0])
     packet = func._overloadpacket
     if packet in _COPIES_OF_STRIDED and not args[0].is_contiguous():
         return args[0].nbytes
@@ -234,18 +234,18 @@ def _of_mixed_dtypes(operands: list[Tensor], out: Tensor) -> int:
     return sum(x.numel() for x in converted) * common.itemsize
 
 
-def _of_convolution(x: Tensor, weight: Tensor, dilation: list[int], out: Tensor) -> int:
+def _of_convolution(x: Tensor, weight: Tensor, out: Tensor) -> int:
     """Workspaces of PyTorch's and oneDNN's kernels, as measured by peak RSS (torch 2.13, a Xeon with AMX, 2026-11-21).
 
     oneDNN in fp32: x and the result in blocks of 16 channels, then the result reordered while its blocks live; plainly
-    for 1x1x1. In bf16: three times the result. PyTorch gives small fp32 images on one thread to a kernel of its own,
-    which unfolds every window. An x that is not contiguous is copied first.
+    for 1x1x1. In bf16: three times the result. PyTorch itself gives small fp32 clips to a kernel of its own, which
+    unfolds every window. An x that is not contiguous is copied first.
     """
     copy = 0 if x.is_contiguous() else x.nbytes
     kernel = weight.shape[2:]
     if x.dtype is not torch.float32:
         return copy + max(x.nbytes + 2 * weight.nbytes, 2 * out.nbytes)
-    if unfolds(x, weight, dilation):
+    if unfolds(x, weight):
         return copy + x.shape[1] * prod(kernel) * (out.numel() // prod(out.shape[:2])) * x.itemsize
     if max(kernel) == 1:
         return copy

@@ -33,6 +33,7 @@ def test_a_large_budget_runs_the_clip_whole_and_a_small_one_streams_it():
     assert whole.relative_time == 1
 
 
+@torch.no_grad()
 def test_decode_keeps_to_a_budget_and_gives_the_same_frames():
     model = build(DECODERS["wan"])
     z = torch.randn(2, 4, 5, 32, 24, generator=torch.Generator().manual_seed(0))

@@ -116,8 +116,7 @@ def why_slower(*values: Any) -> str | None:
         return "torch.compile plans the memory of the reference itself"
     if _wants_gradients(values):
         return "gradients keep what every step makes, so that steps save nothing"
-    x, weight, _, _, dilation = values[:5]
-    if len(_steps(*values)) < 2 and not cpu_convolution.unfolds(x, weight, dilation):
+    if len(_steps(*values)) < 2 and not cpu_convolution.is_for_onednn(*values[:2]):
         return f"the clip is no larger than one step of {cpu_steps.STEP_BYTES >> 20} MiB"
     return None
 
