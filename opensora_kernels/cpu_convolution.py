@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from opensora_kernels.norms import memory_format
 
@@ -32,19 +32,36 @@ def conv3d(
     PyTorch gives small clips to a kernel that copies every window: 27 clips of memory, and 1.2 to 15 times the time
     (torch 2.13, a Xeon, 2026-11-22: 3 frames of 26 x 26 with 128 channels, 5 of 98 x 98 with 16).
     """
-    if not is_for_onednn(x, weight):
+    if not is_for_onednn(x, weight, bias):
         return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
-    if x.is_meta:
-        with _foreseen():
-            return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
     x, weight = (each.contiguous(memory_format=memory_format(x)) for each in (x, weight))  # it does not look at strides
     bias = bias if bias is None else bias.contiguous()
     if weight.shape[2] > 1 or stride[0] > 1 or padding[0] > 0:
-        return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+        return _convolve(x, weight, bias, padding, stride, dilation, groups)
     # of 3-D kernels of one tap in time it chooses by the number of frames, and chunks would differ from the whole
     frames, kernel = x.transpose(1, 2).flatten(0, 1), weight[:, :, 0]
-    out = torch.mkldnn_convolution(frames, kernel, bias, padding[1:], stride[1:], dilation[1:], groups)
+    out = _convolve(frames, kernel, bias, padding[1:], stride[1:], dilation[1:], groups)
     return out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """By oneDNN, of images or clips; on paper PyTorch's convolution stands for it."""
+    if not x.is_meta:
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+    token = _is_foreseen.set(True)
+    try:
+        run = F.conv2d if x.dim() == 4 else F.conv3d
+        return run(x, weight, bias, stride, padding, dilation, groups)
+    finally:
+        _is_foreseen.reset(token)
 
 
 def unfolds(x: Tensor, weight: Tensor) -> bool:
@@ -54,21 +71,16 @@ def unfolds(x: Tensor, weight: Tensor) -> bool:
     return x.dtype is torch.float32 and is_small and is_simple and not _is_foreseen.get()
 
 
-def is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+def is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `conv3d` goes past PyTorch's choice."""
-    is_plain = type(x) is Tensor and x.dtype is weight.dtype is torch.float32 and x.numel() > 0
-    has_windows = max(weight.shape[2:]) > 1  # a kernel of 1 x 1 x 1 is a matrix product, of which nothing is copied
-    if not is_plain or not has_windows or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not x.numel():
+        return False
+    if any(type(each) not in (Tensor, nn.Parameter) or each.dtype is not torch.float32 for each in tensors):
+        return False
+    if max(weight.shape[2:]) == 1:  # a matrix product, of which nothing is copied
+        return False
+    if any(unpack_dual(each).tangent is not None for each in tensors):  # it has no forward-mode derivative
         return False
     mkldnn = torch.backends.mkldnn
     return x.device.type in ("cpu", "meta") and mkldnn.is_available() and mkldnn.enabled
-
-
-@contextmanager
-def _foreseen() -> Iterator[None]:
-    """On paper PyTorch's convolution stands for oneDNN's."""
-    token = _is_foreseen.set(True)
-    try:
-        yield
-    finally:
-        _is_foreseen.reset(token)

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora_kernels import Norm, causal_conv3d, cpu_steps, group_norm_silu, use
+from opensora_kernels.vae.memory import Ledger
 from tests.ops.accuracy import assert_accurate
+from tests.vae.live_bytes import LiveBytes
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -293,6 +295,34 @@ def test_a_result_that_overwrites_x_is_the_same(
     results = found if isinstance(found, tuple) else (found,)
     assert results[0].untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
     assert all(each.untyped_storage().data_ptr() != given.untyped_storage().data_ptr() for each in results[1:])
+
+
+@pytest.mark.parametrize("step_bytes", [1, 8 << 20])
+def test_a_state_is_kept_from_a_clip_that_the_result_overwrites(monkeypatch: pytest.MonkeyPatch, step_bytes: int):
+    monkeypatch.setattr(cpu_steps, "STEP_BYTES", step_bytes)
+    x, weight = torch.randn(1, 4, 5, 6, 6), torch.randn(4, 4, 3, 3, 3)
+    with torch.no_grad():
+        out, state = causal_conv3d(x.clone(), weight, time_padding="none", return_state=True, may_overwrite=True)
+        expected = causal_conv3d(x, weight, time_padding="none", return_state=True)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(state, x[:, :, -2:])
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3)], ids=str)
+def test_an_fp32_clip_has_a_forward_mode_derivative(kernel: tuple[int, ...]):
+    x, change, weight = torch.randn(1, 2, 3, 5, 5), torch.randn(1, 2, 3, 5, 5), torch.randn(3, 2, *kernel)
+    _, found = torch.func.jvp(lambda each: causal_conv3d(each, weight), (x,), (change,))
+    torch.testing.assert_close(found, causal_conv3d(change, weight))
+
+
+@pytest.mark.parametrize("num_frames", [2, 16])
+def test_the_copies_of_frames_with_a_kernel_of_one_tap_are_foreseen(num_frames: int):
+    x, weight = torch.randn(1, 8, num_frames, 32, 32), torch.randn(8, 8, 1, 3, 3)
+    with torch.no_grad(), LiveBytes() as live:
+        causal_conv3d(x, weight)
+    with torch.no_grad(), Ledger(torch.device("cpu")) as ledger:
+        causal_conv3d(x.to("meta"), weight.to("meta"))
+    assert live.peak <= ledger.peak
 
 
 def test_x_is_not_overwritten_where_gradients_or_another_size_need_it(monkeypatch: pytest.MonkeyPatch):

@@ -52,6 +52,10 @@ def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
         del hidden  # not held while the convolution makes its own copies
         step = cpu_convolution.conv3d(window, weight, bias, stride, padding, dilation, groups)
         num_kept = window.shape[2] - num_results * stride[0]
+        if return_state and start + num_frames == x.shape[2]:
+            left, _, top, _ = space_pad if padding == [0, 0, 0] else [0] * 4
+            kept = window[:, :, window.shape[2] - num_kept :, top : top + x.shape[3], left : left + x.shape[4]]
+            kept = kept.clone(memory_format=memory_format(x))  # before the result takes the memory of x
         if residual is not None:
             step.add_(residual[:, :, results])
         if return_statistics:
@@ -66,11 +70,7 @@ def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
         del step
         start, num_done = start + num_frames, num_done + num_results
     others = [torch.cat(out_statistics, 2)] if return_statistics else []
-    if not return_state:
-        return [out, *others]
-    left, _, top, _ = space_pad if padding == [0, 0, 0] else [0] * 4
-    kept = window[:, :, window.shape[2] - num_kept :, top : top + x.shape[3], left : left + x.shape[4]]
-    return [out, kept.clone(memory_format=memory_format(x)), *others]
+    return [out, kept, *others] if return_state else [out, *others]
 
 
 def room_for_result(*values: Any) -> Tensor | None:
@@ -116,7 +116,7 @@ def why_slower(*values: Any) -> str | None:
         return "torch.compile plans the memory of the reference itself"
     if _wants_gradients(values):
         return "gradients keep what every step makes, so that steps save nothing"
-    if len(_steps(*values)) < 2 and not cpu_convolution.is_for_onednn(*values[:2]):
+    if len(_steps(*values)) < 2 and not cpu_convolution.is_for_onednn(*values[:3]):
         return f"the clip is no larger than one step of {cpu_steps.STEP_BYTES >> 20} MiB"
     return None
 
