@@ -43,7 +43,8 @@ class AnyVAE:
     """What reconstruction needs of a VAE. encode(x) and decoder(num_frames)(z) keep nothing between calls.
 
     space_factor, time_factor: pixels and frames of one latent. has_odd_clips: it takes 1 + n * time_factor frames only.
-    tile: switches the VAE's own tiling on; None if it has none.
+    tile: switches the VAE's own tiling on; None if it has none. tiles: (frames, height, width) of a tile, and from one
+    to the next, of which a clip must consist; None for any clip.
     """
 
     module: nn.Module
@@ -53,15 +54,24 @@ class AnyVAE:
     time_factor: int
     has_odd_clips: bool
     tile: Callable[[], Any] | None
+    tiles: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
 
     def valid_length(self, num_frames: int) -> int:
-        """The longest clip of at most `num_frames` frames that it takes."""
+        """The longest clip of at most `num_frames` frames that it takes, or the shortest of all."""
+        if self.tiles is not None:
+            return _in_tiles(num_frames, self.tiles[0][0], self.tiles[1][0])
         return num_frames - (num_frames - 1) % self.time_factor if self.has_odd_clips else num_frames
 
     def size_below(self, height: int, width: int) -> tuple[int, int]:
-        """The largest size of whole latents, at least one."""
+        """The largest size of whole latents or tiles, at least one."""
+        if self.tiles is not None:
+            return tuple(map(_in_tiles, (height, width), self.tiles[0][1:], self.tiles[1][1:]))
         factor = self.space_factor
         return max(factor, height // factor * factor), max(factor, width // factor * factor)
+
+
+def _in_tiles(size: int, tile: int, stride: int) -> int:
+    return max(tile, size - (size - tile) % stride)
 
 
 def load_any_vae(source: str | Path, *, dtype: torch.dtype, device: torch.device) -> AnyVAE:
@@ -118,6 +128,8 @@ def choose(
             raise ValueError(f"strategy: must not be given beside a memory budget, which chooses it, got {strategy!r}")
         return plan_tiles(run, tuple(x.shape), budget, x.dtype, x.device)
     if strategy == "streaming":
+        if vae.tiles is not None:
+            raise ValueError("strategy: streaming is not there in this VAE, which runs its clips in tiles of its own")
         streaming = Streaming(chunk_frames, spill="device" if x.device.type == "cpu" else "host")
         return TilePlan(streaming.as_run_by(run, x.shape[2]))
     if strategy == "tiled":
@@ -161,8 +173,9 @@ def _of_diffusers(kind: str, location: Path, dtype: torch.dtype, device: torch.d
     if kind == "AutoencoderKLAllegro":  # in tiles alone, frames before channels, and no first frame by itself
         vae.enable_tiling()
         return AnyVAE(
-            vae, encoder_of(vae), lambda _: lambda z: vae.decode(z).sample.transpose(1, 2), space, time, False, tile
-        )
+            vae, encoder_of(vae), lambda _: lambda z: vae.decode(z).sample.transpose(1, 2), space, time, False, tile,
+            (vae.kernel, vae.stride),  # what is left over beside its tiles it leaves grey
+        )  # fmt: skip
     options = {}
     if vae.config.get("timestep_conditioning"):
         options["temb"] = torch.full((1,), LTX_DECODE_TIMESTEP, device=device, dtype=dtype)

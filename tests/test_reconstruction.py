@@ -133,15 +133,40 @@ def test_a_vae_of_diffusers_gets_our_operators(folder: Path):
     assert any("forward" in module.__dict__ for module in vae.module.modules())
 
 
-@pytest.mark.parametrize("name", ["allegro", "ltx_0.9.5", "kandinsky_6"])
+@pytest.mark.parametrize("name", ["ltx_0.9.5", "kandinsky_6"])
 def test_vaes_of_diffusers_with_ways_of_their_own_are_taken(name: str, folder: Path, tmp_path: Path, capsys):
     from bench.families import FAMILIES
 
     FAMILIES[name].build().save_pretrained(tmp_path / name)
-    size = ("--image-size", "64", "64", "--num-frames", "8" if name == "allegro" else "9")
+    size = ("--image-size", "64", "64", "--num-frames", "9")
     output = tmp_path / "out.mp4"
     assert main(["reconstruct", str(folder / "clip.mp4"), str(output), "--vae", str(tmp_path / name), *size]) == 0
     assert probe(output).num_frames == int(size[-1])
+
+
+def test_allegro_takes_clips_of_whole_tiles(tmp_path: Path, capsys):
+    from bench.families import FAMILIES
+
+    allegro = replace(FAMILIES["allegro"], arguments=FAMILIES["allegro"].arguments | {"sample_size": 128})
+    allegro.build().save_pretrained(tmp_path / "vae")
+    write_mp4(tmp_path / "clip.mp4", torch.randint(0, 256, (30, 3, 140, 130), dtype=torch.uint8), fps=8)
+    command = ["reconstruct", str(tmp_path / "clip.mp4"), str(tmp_path / "out.mp4"), "--vae", str(tmp_path / "vae")]
+    refused = {
+        ("--num-frames", "8"): "from 1 to 30 of 16 n + 24 for this video and VAE, got 8",
+        ("--image-size", "64", "64"): "must be of 8 n + 128 and 48 n + 128 pixels, which is whole tiles of this VAE",
+        ("--strategy", "streaming"): "streaming is not there in this VAE, which runs its clips in tiles of its own",
+    }
+    for options, message in refused.items():
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert main(command) == 0
+    assert "24 frames of 136 x 128" in capsys.readouterr().out
+    assert read_frames(tmp_path / "out.mp4").float().std() > 1  # what lies beside all tiles is grey
+
+
+def test_a_clip_too_small_for_the_measures_is_refused_before_work(folder: Path, tmp_path: Path, capsys):
+    assert reconstruct(folder, "open_sora", tmp_path / "out.mp4", "--image-size", "8", "8") == 2
+    assert "must be at least 11 x 11 pixels" in capsys.readouterr().err
 
 
 def test_zero_is_not_a_number_that_was_left_out(folder: Path, tmp_path: Path, capsys):

@@ -92,14 +92,24 @@ def _extent(
     vae: AnyVAE, options: dict[str, Any], num_frames: int, size: tuple[int, int]
 ) -> tuple[int, tuple[int, int]]:
     """Frames and size of the clip, checked."""
+    from opensora.metrics import WINDOW
+
     wanted = vae.valid_length(num_frames) if options["num_frames"] is None else options["num_frames"]
     if not 1 <= wanted <= num_frames or vae.valid_length(wanted) != wanted:
         step = f" of {vae.time_factor} n + 1" if vae.has_odd_clips else ""
+        step = f" of {vae.tiles[1][0]} n + {vae.tiles[0][0]}" if vae.tiles else step
         raise CommandError(f"num_frames: must be from 1 to {num_frames}{step} for this video and VAE, got {wanted}")
     asked = tuple(options["image_size"]) if options["image_size"] else vae.size_below(*size)
+    given = f"got {asked[0]} {asked[1]}"
+    if vae.size_below(*asked) != asked and vae.tiles:
+        (_, *tile), (_, *stride) = vae.tiles
+        rule = " and ".join(f"{each} n + {least}" for least, each in zip(tile, stride, strict=True))
+        raise CommandError(f"image_size: must be of {rule} pixels, which is whole tiles of this VAE, {given}")
     if vae.size_below(*asked) != asked:
         factor = vae.space_factor
-        raise CommandError(f"image_size: must be multiples of {factor}, from {factor} on, got {asked[0]} {asked[1]}")
+        raise CommandError(f"image_size: must be multiples of {factor}, from {factor} on, {given}")
+    if min(asked) < WINDOW:
+        raise CommandError(f"image_size: must be at least {WINDOW} x {WINDOW} pixels, as SSIM wants, {given}")
     return wanted, asked
 
 
