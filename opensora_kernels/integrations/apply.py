@@ -13,7 +13,7 @@ from opensora_kernels.checks import check_choice
 
 from .comparison import disagreement, likeness
 from .recipes import Recipe, recipe_of
-from .report import Entry, Report, is_patched, replace_forward, set_attribute
+from .report import Entry, Report, is_patched, join, replace_forward, set_attribute, why_untouchable
 from .tails import tails_of
 
 Quality = Literal["lossless", "high"]
@@ -55,7 +55,7 @@ def apply_opensora_kernels(model: nn.Module, *, quality: Quality = "lossless") -
         if reason is None:
             chosen[name] = recipe
             for part in recipe.parts:
-                entries[_join(name, part)] = ((f"part of {type(module).__name__}",), "")
+                entries[join(name, part)] = ((f"part of {type(module).__name__}",), "")
         if name not in entries or reason is None:
             entries[name] = (recipe.operators, "") if reason is None else ((), reason)
     modules = dict(model.named_modules())
@@ -83,7 +83,7 @@ def _patched_before(model: nn.Module, library: ModuleType | None) -> dict[str, A
         if is_patched(module):
             recipe = recipe_of(module, more)
             for part in ("", *(recipe.parts if recipe else ())):
-                entries[_join(name, part) if part else name] = ((), _PATCHED)
+                entries[join(name, part) if part else name] = ((), _PATCHED)
         elif library and library.has_our_backend(module):
             entries[name] = ((), _PATCHED)
     return entries
@@ -114,14 +114,6 @@ def _why_not(module: nn.Module, recipe: Recipe, verdicts: dict[Any, str | None])
     return verdicts[key]
 
 
-def why_untouchable(module: nn.Module) -> str | None:
-    if "forward" in module.__dict__ and not is_patched(module):
-        return "somebody else has replaced its forward"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks, which would not run inside a fused chain"
-    return None
-
-
 def _why_left(module: nn.Module, operators: tuple[str, ...]) -> str:
     if operators:
         return ""
@@ -138,7 +130,3 @@ def _why_left(module: nn.Module, operators: tuple[str, ...]) -> str:
 
 def _named(name: str, module: nn.Module) -> tuple[str, str]:
     return name, type(module).__name__
-
-
-def _join(name: str, part: str) -> str:
-    return f"{name}.{part}" if name else part

@@ -112,3 +112,17 @@ def is_patched(module: nn.Module) -> bool:
     if not isinstance(forward, partial) or forward.args[:1] != (module,):
         return False
     return getattr(forward.func, "__module__", "").startswith(f"{__package__}.")
+
+
+def why_untouchable(module: nn.Module) -> str | None:
+    """Why nothing of ours may take the place of the module's forward, or None."""
+    if "forward" in module.__dict__ and not is_patched(module):
+        return "somebody else has replaced its forward"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which would not run inside a fused chain"
+    return None
+
+
+def join(name: str, part: str) -> str:
+    """The path of a child of the module `name`, "" for the model itself."""
+    return f"{name}.{part}" if name else part

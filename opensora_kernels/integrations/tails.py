@@ -17,6 +17,7 @@ from torch import nn
 from .comparison import disagreement_on
 from .norms import apply_norm, identity_forward, norm_of, norm_of_last_axis_forward, norm_silu_forward
 from .rehearsals import once
+from .report import is_patched, join, why_untouchable
 
 _NORMS = ("norm_out", "conv_norm_out")
 _ACTIVATIONS = ("conv_act", "nonlinearity")
@@ -27,18 +28,14 @@ def tails_of(model: nn.Module) -> Iterator[tuple[str, Callable[..., Any], str]]:
     for name, module in model.named_modules():
         for norm_name in _NORMS:
             if _is_of_last_axis(getattr(module, norm_name, None), module):
-                yield _join(name, norm_name), norm_of_last_axis_forward, "rms_norm"
+                yield join(name, norm_name), norm_of_last_axis_forward, "rms_norm"
             for activation_name in _ACTIVATIONS:
                 norm, activation = getattr(module, norm_name, None), getattr(module, activation_name, None)
                 if not _is_pair(norm, activation) or not _follow_directly(module, norm_name, activation_name):
                     continue
                 operator = "rms_norm_silu" if norm_of(norm).kind == "rms" else "group_norm_silu"
-                yield _join(name, norm_name), norm_silu_forward, operator
-                yield _join(name, activation_name), identity_forward, f"{operator} of {norm_name}"
-
-
-def _join(name: str, part: str) -> str:
-    return f"{name}.{part}" if name else part
+                yield join(name, norm_name), norm_silu_forward, operator
+                yield join(name, activation_name), identity_forward, f"{operator} of {norm_name}"
 
 
 def _is_of_last_axis(norm: Any, module: nn.Module) -> bool:
@@ -53,8 +50,7 @@ def _is_of_last_axis(norm: Any, module: nn.Module) -> bool:
 
 
 def _is_free(module: nn.Module) -> bool:
-    has_hooks = module._forward_hooks or module._forward_pre_hooks
-    return not has_hooks and "forward" not in module.__dict__
+    return why_untouchable(module) is None and not is_patched(module)
 
 
 def _is_pair(norm: Any, activation: Any) -> bool:
