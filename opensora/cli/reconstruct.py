@@ -96,21 +96,29 @@ def _extent(
 
     wanted = vae.valid_length(num_frames) if options["num_frames"] is None else options["num_frames"]
     if not 1 <= wanted <= num_frames or vae.valid_length(wanted) != wanted:
-        step = f" of {vae.time_factor} n + 1" if vae.has_odd_clips else ""
-        step = f" of {vae.tiles[1][0]} n + {vae.tiles[0][0]}" if vae.tiles else step
-        raise CommandError(f"num_frames: must be from 1 to {num_frames}{step} for this video and VAE, got {wanted}")
+        lengths = _lengths(vae)
+        raise CommandError(f"num_frames: must be from 1 to {num_frames}{lengths} for this video and VAE, got {wanted}")
     asked = tuple(options["image_size"]) if options["image_size"] else vae.size_below(*size)
     given = f"got {asked[0]} {asked[1]}"
-    if vae.size_below(*asked) != asked and vae.tiles:
-        (_, *tile), (_, *stride) = vae.tiles
-        rule = " and ".join(f"{each} n + {least}" for least, each in zip(tile, stride, strict=True))
-        raise CommandError(f"image_size: must be of {rule} pixels, which is whole tiles of this VAE, {given}")
     if vae.size_below(*asked) != asked:
-        factor = vae.space_factor
-        raise CommandError(f"image_size: must be multiples of {factor}, from {factor} on, {given}")
+        raise CommandError(f"image_size: must be {_sizes(vae)}, {given}")
     if min(asked) < WINDOW:
         raise CommandError(f"image_size: must be at least {WINDOW} x {WINDOW} pixels, as SSIM wants, {given}")
     return wanted, asked
+
+
+def _lengths(vae: AnyVAE) -> str:
+    if vae.tiles:
+        return f" of {vae.tiles[1][0]} n + {vae.tiles[0][0]}"
+    return f" of {vae.time_factor} n + 1" if vae.has_odd_clips else ""
+
+
+def _sizes(vae: AnyVAE) -> str:
+    if not vae.tiles:
+        return f"multiples of {vae.space_factor}, from {vae.space_factor} on"
+    (_, *tile), (_, *stride) = vae.tiles
+    rule = " and ".join(f"{each} n + {least}" for least, each in zip(tile, stride, strict=True))
+    return f"of {rule} pixels, which is whole tiles of this VAE"
 
 
 def _print_results(
