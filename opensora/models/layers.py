@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from opensora.models.tables import TableCache
+from opensora.models.token_masks import kept_tokens
 from opensora_kernels import attention, gate_residual, modulate, qk_norm_attention, rms_norm
 
 RopeOrder = Literal["norm_rope", "rope_norm"]
@@ -102,27 +104,19 @@ class PositionEmbedding2D(nn.Module):
     Has no parameters or buffers. Tables are kept per (grid, scale, dtype, device) in the instance.
     """
 
-    max_cached = 32
-
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim % 4:
             raise ValueError(f"PositionEmbedding2D: dim must be a multiple of 4, got {dim}")
         self.dim = dim
-        self._cache: dict[tuple, Tensor] = {}
+        self._tables = TableCache()
 
     def forward(
         self, x: Tensor, rows: int, columns: int, *, scale: float = 1.0, base_size: int | None = None
     ) -> Tensor:
         """(1, rows*columns, dim) in the dtype and on the device of `x`."""
         key = (rows, columns, scale, base_size, x.dtype, x.device)
-        if key not in self._cache:
-            if len(self._cache) >= self.max_cached:
-                self._cache.clear()
-            # A table first made while sampling must remain usable by autograd.
-            with torch.inference_mode(False), torch.no_grad():
-                self._cache[key] = self._table(x.dtype, x.device, rows, columns, scale, base_size)
-        return self._cache[key]
+        return self._tables.get(key, lambda: self._table(x.dtype, x.device, rows, columns, scale, base_size))
 
     def _table(
         self, dtype: torch.dtype, device: torch.device, rows: int, columns: int, scale: float, base_size: int | None
@@ -187,13 +181,15 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features or in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self._hidden(x))
+        return self.fc2(linear_gelu(self.fc1, x))
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        if not fuses_gelu(x):
-            return F.gelu(self.fc1(x), approximate="tanh")
-        hidden = torch._addmm_activation(self.fc1.bias, x.flatten(0, -2), self.fc1.weight.t(), use_gelu=True)
-        return hidden.unflatten(0, x.shape[:-1])
+
+def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
+    """GELU (tanh form) of linear(x)."""
+    if not fuses_gelu(x):
+        return F.gelu(linear(x), approximate="tanh")
+    hidden = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
+    return hidden.unflatten(0, x.shape[:-1])
 
 
 def fuses_gelu(x: Tensor) -> bool:
@@ -296,18 +292,8 @@ def select_tokens(y_BLD: Tensor, mask: Tensor | None) -> TextContext:
         raise ValueError(
             f"select_tokens: mask must have shape (rows, {length}) with rows dividing {batch}, got {tuple(mask.shape)}"
         )
-    selected = (mask != 0).cpu()
-    lengths = selected.sum(dim=1)
-    longest, copies = int(lengths.max()), batch // mask.shape[0]
-    is_prefix = bool((selected[:, :-1] >= selected[:, 1:]).all())
-    if is_prefix:
-        tokens = y_BLD[:, :longest]
-    else:
-        order = torch.argsort((~selected).to(torch.int8), dim=1, stable=True)[:, :longest].repeat(copies, 1)
-        tokens = y_BLD.gather(1, order.to(y_BLD.device)[..., None].expand(-1, -1, y_BLD.shape[2]))
-    if bool((lengths == longest).all()):
-        return TextContext(tokens, None)
-    return TextContext(tokens, lengths.repeat(copies).to(y_BLD.device))
+    kept = kept_tokens(mask).repeated(batch // mask.shape[0])
+    return TextContext(kept.of(y_BLD), None if kept.lengths is None else kept.lengths.to(y_BLD.device))
 
 
 def unpack_tokens(packed: Tensor, lengths: list[int]) -> TextContext:
@@ -393,8 +379,13 @@ class FinalLayer(nn.Module):
             again = modulate(x, shift[1], scale[1])
             is_noised = frame_mask.repeat_interleave(x.shape[1] // frame_mask.shape[1], dim=1)
             x = torch.where(is_noised[..., None], x, again)
-        weight, bias = self.linear.weight, self.linear.bias
-        if num_channels is not None and num_channels != self.out_channels:
-            weight = weight.unflatten(0, (self.num_patch, -1))[:, :num_channels].flatten(0, 1)
-            bias = bias.unflatten(0, (self.num_patch, -1))[:, :num_channels].flatten()
-        return F.linear(x.to(weight.dtype), weight, bias)
+        return patch_values(self.linear, x, self.num_patch, num_channels)
+
+
+def patch_values(linear: nn.Linear, x_BLD: Tensor, num_patch: int, num_channels: int | None) -> Tensor:
+    """linear(x), of each patch's channels only the first `num_channels` when given."""
+    weight, bias = linear.weight, linear.bias
+    if num_channels is not None and num_patch * num_channels != len(weight):
+        weight = weight.unflatten(0, (num_patch, -1))[:, :num_channels].flatten(0, 1)
+        bias = bias.unflatten(0, (num_patch, -1))[:, :num_channels].flatten()
+    return F.linear(x_BLD.to(weight.dtype), weight, bias)

@@ -1,0 +1,59 @@
+"""What every diffusion transformer does alike around its blocks: text, guidance and recomputation.
+
+Axes as in layers.py: B batch, T frames, S sites, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from opensora.models.layers import TextContext
+
+
+class VideoTransformer(nn.Module):
+    """Subclasses embed captions and list who reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+
+    def text_readers(self) -> list[Any]:
+        """The cross-attention of every block, in the order in which `TextContext.for_block` counts."""
+        raise NotImplementedError
+
+    def embed_text(self, y: Tensor, mask: Tensor | None = None) -> TextContext:
+        """Captions to hidden size, selected tokens first."""
+        raise NotImplementedError
+
+    def prepare_text(self, y: Tensor, mask: Tensor | None = None) -> TextContext:
+        """Embed captions and project the keys and values of every block; hold the result across steps."""
+        text = self.embed_text(y, mask)
+        return replace(text, keys_values=tuple(reader.keys_values(text.tokens) for reader in self.text_readers()))
+
+    def for_each_text(
+        self, text: TextContext, x_BTSD: Tensor, timestep: Tensor, x_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens, timestep and x_mask of B samples, repeated for text of k*B rows (conditional and null captions)."""
+        copies = text.tokens.shape[0] // x_BTSD.shape[0]
+        if copies > 1:
+            x_BTSD = x_BTSD.repeat(copies, 1, 1, 1)
+            timestep = timestep.repeat(copies)
+        if x_mask is not None and x_mask.shape[0] != x_BTSD.shape[0]:
+            x_mask = x_mask.repeat(copies, 1)
+        return x_BTSD, timestep, x_mask
+
+    def run_block(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """block(*arguments), recomputed in the backward pass if that was asked for."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+    def set_gradient_checkpointing(self, is_enabled: bool = True) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        self.gradient_checkpointing = is_enabled
