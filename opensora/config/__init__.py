@@ -22,7 +22,7 @@ from opensora.config.training import (
     TrainVAEConfig,
     VAELossConfig,
 )
-from opensora.config.transformers import STDiT2Config, STDiT3Config
+from opensora.config.transformers import LatteT2VConfig, STDiT2Config, STDiT3Config
 from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VideoVAEConfig
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "DataConfig",
     "DiffusersSamplerConfig",
     "IDDPMConfig",
+    "LatteT2VConfig",
     "OptimizerConfig",
     "Precision",
     "Preset",

@@ -57,3 +57,53 @@ class STDiT3Config:
     freeze_y_embedder: bool = False
     skip_y_embedder: bool = False
     exact_rope_dtype: bool = True
+
+
+@dataclass(frozen=True)
+class LatteT2VConfig:
+    """Open-Sora-Plan's diffusion transformer, with upstream's argument names and the values of its released models.
+
+    Upstream's own defaults describe an image model that it never builds. `version` is ours: no key and no other field
+    tells the releases apart. In "1.0" positions of frames are divided by video_length // 5 and attention among patches
+    takes a mask of patches; in "1.1" they are divided by `interpolation_scale_1d` (None: video_length // 16) and the
+    mask is one of latents.
+
+    `sample_size` is (height, width) and `video_length` frames, both of latents; the height is what the coordinates of
+    other sizes are stretched to. `compress_kv_factor` > 1 thins keys and values of the second half of the layers,
+    `use_rope` rotates queries and keys; both came with 1.1, and never together. The widest released variant beside
+    16 heads of 72 has 18 of 64. Without effect: `norm_num_groups`, `num_embeds_ada_norm`, `use_linear_projection`,
+    `attention_mode` (kernels are chosen per call), `model_max_length` and, having one value, `rope_scaling_type`.
+    """
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    in_channels: int = 4
+    out_channels: int = 8
+    num_layers: int = 28
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+    cross_attention_dim: int = 1152
+    attention_bias: bool = True
+    sample_size: tuple[int, int] = (64, 64)
+    num_vector_embeds: int | None = None
+    patch_size: int = 2
+    patch_size_t: int = 1
+    activation_fn: str = "gelu-approximate"
+    num_embeds_ada_norm: int | None = 1000
+    use_linear_projection: bool = False
+    only_cross_attention: bool = False
+    double_self_attention: bool = False
+    upcast_attention: bool = False
+    norm_type: str = "ada_norm_single"
+    norm_elementwise_affine: bool = False
+    norm_eps: float = 1e-6
+    attention_type: str = "default"
+    caption_channels: int = 4096
+    video_length: int = 17
+    attention_mode: Literal["xformers", "math", "flash"] = "xformers"
+    use_rope: bool = False
+    model_max_length: int = 300
+    rope_scaling_type: Literal["linear"] = "linear"
+    compress_kv_factor: int = 1
+    interpolation_scale_1d: float | None = None
+    version: Literal["1.0", "1.1"] = "1.1"
