@@ -1,4 +1,4 @@
-"""Configurations to and from JSON: our own layout, and the config.json of the released Open-Sora 1.2 models."""
+"""Configurations to and from JSON: our own layout, and the config.json of released models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import types
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from opensora.config import VideoVAEConfig
+from opensora.config import LatteT2VConfig, VideoVAEConfig
 
 Config = TypeVar("Config")
 
@@ -41,13 +41,17 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def config_from_dict(config_type: type[Config], content: dict[str, Any]) -> Config:
     """Build a (nested) configuration dataclass from JSON content.
 
-    The VAE's released layout (`vae_2d`, `vae_temporal`) is translated. Fields that only steer upstream's own loading
-    are dropped; any other unknown field is refused, since it may change what the model computes. Errors: ConfigError.
+    The VAE's released layout (`vae_2d`, `vae_temporal`) is translated, and a released LatteT2V gets the version that
+    its fields tell. Fields that only steer upstream's own loading are dropped; any other unknown field is refused,
+    since it may change what the model computes. Errors: ConfigError.
     """
     if not isinstance(content, dict):
         raise ConfigError(f"{config_type.__name__}: expected an object, got {type(content).__name__}")
     if config_type is VideoVAEConfig and "vae_2d" in content:
         content = _from_released_vae(content)
+    if config_type is LatteT2VConfig and "_class_name" in content:
+        # Upstream writes every argument, and 1.0 had none for rotations.
+        content = {"version": "1.1" if "use_rope" in content else "1.0", **content}
     hints = get_type_hints(config_type)
     known = {item.name for item in fields(config_type)}  # type: ignore[arg-type]
     unknown = sorted(name for name in content if name not in known | _RELEASED_ONLY and not name.startswith("_"))

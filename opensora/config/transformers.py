@@ -70,8 +70,8 @@ class LatteT2VConfig:
 
     `sample_size` is (height, width) and `video_length` frames, both of latents; the height is what the coordinates of
     other sizes are stretched to. `compress_kv_factor` > 1 thins keys and values of the second half of the layers,
-    `use_rope` rotates queries and keys; both came with 1.1, and never together. The widest released variant beside
-    16 heads of 72 has 18 of 64. Without effect: `norm_num_groups`, `num_embeds_ada_norm`, `use_linear_projection`,
+    `use_rope` rotates queries and keys; both came with 1.1, and never together. Upstream's LatteT2V-XL/122 has 16 heads
+    of 72, its D64 variant 18 of 64. Without effect: `norm_num_groups`, `num_embeds_ada_norm`, `use_linear_projection`,
     `attention_mode` (kernels are chosen per call), `model_max_length` and, having one value, `rope_scaling_type`.
     """
 

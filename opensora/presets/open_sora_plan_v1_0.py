@@ -1,13 +1,29 @@
-"""Open-Sora-Plan 1.0: the causal video VAE.
+"""Open-Sora-Plan 1.0: the causal video VAE and the diffusion transformers.
 
-Source: PKU-YuanGroup/Open-Sora-Plan v1.0.0, scripts/causalvae/release.json.
+Source: PKU-YuanGroup/Open-Sora-Plan v1.0.0, scripts/causalvae/release.json and scripts/text_condition.
 """
 
 from __future__ import annotations
 
-from opensora.config import CausalVideoVAEConfig
+from typing import Literal
+
+from opensora.config import CausalVideoVAEConfig, LatteT2VConfig
+
+Clip = Literal["65x512x512", "65x256x256", "17x256x256"]
 
 
 def vae() -> CausalVideoVAEConfig:
     """As released: 3-D throughout, and attention that mixes channels and frames. It came without temporal windows."""
     return CausalVideoVAEConfig(encoder_temporal_downsample=("TimeDownsample2x", "TimeDownsample2x", "", ""))
+
+
+def transformer(clip: Clip = "65x512x512") -> LatteT2VConfig:
+    """LatteT2V-XL/122 for clips of frames x height x width in pixels; each size has weights of its own."""
+    if clip not in _CLIPS:
+        raise ValueError(f"transformer: clip must be one of {', '.join(_CLIPS)}, got {clip!r}")
+    video_length, side = _CLIPS[clip]
+    return LatteT2VConfig(sample_size=(side, side), video_length=video_length, version="1.0")
+
+
+# Frames, and height and width, of latents.
+_CLIPS = {"65x512x512": (17, 64), "65x256x256": (17, 32), "17x256x256": (5, 32)}

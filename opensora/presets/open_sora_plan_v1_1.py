@@ -1,12 +1,16 @@
-"""Open-Sora-Plan 1.1: the causal video VAE.
+"""Open-Sora-Plan 1.1: the causal video VAE and the diffusion transformers.
 
-Source: PKU-YuanGroup/Open-Sora-Plan, the configuration of 1.1.0 in its later document on VAE training; the tag v1.1.0
-holds that of 1.0.0.
+Source: PKU-YuanGroup/Open-Sora-Plan v1.1.0, scripts/text_condition; for the VAE, the configuration of 1.1.0 in the
+later document on VAE training, since the tag v1.1.0 holds that of 1.0.0.
 """
 
 from __future__ import annotations
 
-from opensora.config import CausalVideoVAEConfig
+from typing import Literal
+
+from opensora.config import CausalVideoVAEConfig, LatteT2VConfig
+
+Clip = Literal["65x512x512", "221x512x512", "513x512x512"]
 
 
 def vae() -> CausalVideoVAEConfig:
@@ -21,3 +25,14 @@ def vae() -> CausalVideoVAEConfig:
         decoder_temporal_upsample=("", "", "TimeUpsampleRes2x", "TimeUpsampleRes2x"),
         loss_type="opensora.models.ae.videobase.losses.LPIPSWithDiscriminator3D",
     )
+
+
+def transformer(clip: Clip = "65x512x512") -> LatteT2VConfig:
+    """LatteT2V-XL/122 for clips of frames x height x width in pixels; each length has weights of its own."""
+    if clip not in _CLIPS:
+        raise ValueError(f"transformer: clip must be one of {', '.join(_CLIPS)}, got {clip!r}")
+    return LatteT2VConfig(sample_size=(64, 64), video_length=_CLIPS[clip], version="1.1")
+
+
+# Frames of latents.
+_CLIPS = {"65x512x512": 17, "221x512x512": 56, "513x512x512": 129}
