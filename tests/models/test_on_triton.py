@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opensora.config import STDiT2Config
+from opensora.config import LatteT2VConfig, STDiT2Config
+from opensora.models.latte import LatteT2V
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 from opensora.vae import VideoVAE
@@ -99,6 +100,18 @@ def test_stdit3_with_conditioning_frames():
     torch.manual_seed(0)
     model = STDiT3(TRANSFORMER).eval()
     ran = assert_same_on_triton(model, transformer_run(model))
+    assert any("backward" in name for name in ran)
+
+
+@pytest.mark.parametrize("changes", [{"use_rope": True}, {"compress_kv_factor": 2}], ids=["rope", "compressed"])
+def test_latte_with_masks_and_images(changes: dict[str, Any]):
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "num_layers": 1}
+    model = LatteT2V(LatteT2VConfig(**sizes, caption_channels=8, video_length=2, sample_size=(8, 8), **changes)).train()
+    mask = torch.ones(1, 3, 4, 4)
+    mask[:, 0, 2:] = 0
+    inputs = torch.randn(1, 4, 3, 4, 4), torch.tensor([500]), torch.randn(1, 2, 3, 8)
+    ran = assert_same_on_triton(model, lambda: model(*inputs, attention_mask=mask, use_image_num=1))
     assert any("backward" in name for name in ran)
 
 
