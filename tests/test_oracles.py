@@ -19,8 +19,8 @@ ALL = SHARED / "open-sora"
 SIZE_LIMIT = 8_000_000
 # Cases about Open-Sora 1.0, and the sampler of 1.0 and 1.1, which this version does not hold.
 OTHER_RELEASES = ("stdit_", "iddpm_", "dpms_")
-# Of Open-Sora-Plan, this version holds the video VAEs.
-PLAN = ("vae-blocks", "vae-v", "tail-init")
+# Of Open-Sora-Plan, this version holds the video VAEs and the diffusion transformer.
+PLAN = ("vae-blocks", "vae-v", "tail-init", "latte-", "position-tables")
 
 committed_cases = find_cases(COMMITTED)
 committed_names = {case.name for case in committed_cases}
