@@ -59,6 +59,11 @@ def check_clip(config: LatteT2VConfig, x_BCTHW: Tensor, timestep: Tensor, num_te
             f"LatteT2V: clips must have video_length = {config.video_length} latent frames, or temporal attention "
             f"must be off, got {num_frames}"
         )
+    if is_temporal and num_frames % 2 == 0 and num_frames < config.compress_kv_factor:
+        raise ValueError(
+            f"LatteT2V: clips must have an odd number of frames or at least {config.compress_kv_factor}, the factor of "
+            f"compressed keys, got {num_frames}"
+        )
     if timestep.shape != (batch,):
         raise ValueError(f"LatteT2V: timestep must have shape ({batch},), got {tuple(timestep.shape)}")
     if num_texts % batch:

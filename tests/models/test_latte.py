@@ -95,6 +95,19 @@ def test_compressed_keys_have_weights_in_the_second_half_of_the_layers():
     assert added == {f"{block}.{kind}" for block in blocks for kind in kinds}
 
 
+@torch.no_grad()
+def test_new_compressions_take_means_of_patches_and_of_frames_after_a_repeated_first_one():
+    x = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(1))
+    space, time = (SelfAttention(TINY, axis, 2) for axis in ("space", "time"))
+    means = torch.nn.functional.avg_pool2d(x.flatten(0, 1).unflatten(1, (4, 2)).permute(0, 3, 1, 2), 2)
+    assert_near(space._compressed(x, (4, 2)).flatten(0, 1), means.flatten(2).transpose(1, 2))
+    assert_near(time._compressed(x, (4, 2)), torch.stack([x[:, 0], x[:, 1:].mean(1)], dim=1))
+    assert_near(time._compressed(x[:, 1:], (4, 2)), x[:, 1:].mean(1, keepdim=True))
+    model = tiny_model(compress_kv_factor=4, video_length=2)
+    with pytest.raises(ValueError, match="an odd number of frames or at least 4, the factor of compressed keys, got 2"):
+        model(**tiny_inputs(frames=2, columns=8))
+
+
 @pytest.mark.parametrize(
     ("version", "video_length", "scale"),
     [("1.0", 17, 3), ("1.0", 5, 1), ("1.0", 4, 1), ("1.1", 17, 1), ("1.1", 56, 3), ("1.1", 129, 8), ("1.1", 3, 1)],
