@@ -22,7 +22,7 @@ from opensora.config.training import (
     TrainVAEConfig,
     VAELossConfig,
 )
-from opensora.config.transformers import STDiT2Config, STDiT3Config
+from opensora.config.transformers import STDiT2Config, STDiT3Config, STDiTConfig
 from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VideoVAEConfig
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "RunConfig",
     "STDiT2Config",
     "STDiT3Config",
+    "STDiTConfig",
     "SampleConfig",
     "SampleMethod",
     "SchedulerConfig",
