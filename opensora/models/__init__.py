@@ -1,6 +1,7 @@
 """Diffusion transformers, one file per upstream system."""
 
+from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 
-__all__ = ["STDiT2", "STDiT3"]
+__all__ = ["STDiT", "STDiT2", "STDiT3"]
