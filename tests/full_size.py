@@ -1,4 +1,4 @@
-"""The full-size models of Open-Sora 1.2 on a CPU, with random weights: `python -m tests.full_size`.
+"""The full-size models of Open-Sora 1.0, 1.1 and 1.2 on a CPU, with random weights: `python -m tests.full_size`.
 
 Writes a sharded checkpoint of each, loads it in a fresh process, runs one forward on a small clip and prints seconds
 and peak memory. Random weights tell nothing about pictures, but everything about shapes, keys, time and memory.
@@ -10,26 +10,36 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from opensora.checkpoints import load_model, save_model
 from opensora.config import STDiT3Config, VideoVAEConfig
+from opensora.models.stdit import STDiT
+from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
+from opensora.presets import open_sora_v1_0, open_sora_v1_1, tiny
 from opensora.sampling.stages import StageMeter
 from opensora.vae import VideoVAE
 
-MODELS = {"transformer": (STDiT3, STDiT3Config), "vae": (VideoVAE, VideoVAEConfig)}
+TRANSFORMERS = {
+    "stdit": (STDiT, open_sora_v1_0.transformer("16x256x256")),
+    "stdit2": (STDiT2, open_sora_v1_1.transformer()),
+    "transformer": (STDiT3, STDiT3Config()),
+}
+MODELS = TRANSFORMERS | {"vae": (VideoVAE, VideoVAEConfig())}
 SHARD_BYTES = 500 << 20
 
 
 def write_checkpoint(name: str, folder: Path) -> None:
     """A sharded bf16 checkpoint of the released size; weights small enough for activations to stay finite."""
-    model_type, config_type = MODELS[name]
+    model_type, config = MODELS[name]
     with torch.device("meta"):
-        model = model_type(config_type())
+        model = model_type(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     tile = torch.randn(1 << 20, generator=generator).mul_(0.02).to(torch.bfloat16)
@@ -38,21 +48,21 @@ def write_checkpoint(name: str, folder: Path) -> None:
         for start in range(0, flat.numel(), tile.numel()):  # a billion normal numbers would take half a minute
             part = flat[start : start + tile.numel()]
             part.copy_(tile[: part.numel()])
-    save_model(folder, model, config_type(), max_shard_bytes=SHARD_BYTES)
+    save_model(folder, model, config, max_shard_bytes=SHARD_BYTES)
 
 
 @torch.no_grad()
 def run(name: str, folder: Path) -> dict[str, float]:
     """Load and run in this process: weights and peak growth of memory in bytes, seconds of loading and of a forward."""
-    model_type, config_type = MODELS[name]
+    model_type, config = MODELS[name]
     meter = StageMeter(torch.device("cpu"))
-    model_type(_smallest(config_type()))  # imports happen here, outside what is measured
+    model_type(_smallest(config))  # imports happen here, outside what is measured
     with meter.stage("start"):
         pass
     with meter.stage("load"):
-        model = load_model(folder, model_type, config_type)
+        model = load_model(folder, model_type, type(config))
     with meter.stage("forward"):
-        output = _transformer_forward(model) if name == "transformer" else _vae_forward(model)
+        output = _transformer_forward(model) if name in TRANSFORMERS else _vae_forward(model)
     assert output.isfinite().all()
     costs = meter.costs
     return {
@@ -63,21 +73,21 @@ def run(name: str, folder: Path) -> dict[str, float]:
     }
 
 
-def _smallest(config: STDiT3Config | VideoVAEConfig) -> STDiT3Config | VideoVAEConfig:
-    if isinstance(config, STDiT3Config):
-        return STDiT3Config(hidden_size=16, depth=1, num_heads=1, caption_channels=8, model_max_length=4)
-    from opensora.presets.tiny import vae
-
-    return vae()
+def _smallest(config: Any) -> Any:
+    if isinstance(config, VideoVAEConfig):
+        return tiny.vae()
+    return replace(config, hidden_size=48, depth=1, num_heads=1, caption_channels=8, model_max_length=4)
 
 
 def _transformer_forward(model: nn.Module) -> torch.Tensor:
     """5 x 8 x 8 latents: 17 frames of 64 x 64 pixels, conditional and unconditional."""
     bf16 = torch.bfloat16
-    x, y = torch.randn(2, 4, 5, 8, 8, dtype=bf16), torch.randn(2, 1, 300, 4096, dtype=bf16)
-    size = torch.tensor([64.0, 64.0], dtype=bf16)
-    mask = torch.arange(300)[None].repeat(2, 1) < 20
-    return model(x, torch.tensor([500.0, 500.0]), y, mask=mask, fps=size * 0 + 24, height=size, width=size)
+    length = model.config.model_max_length
+    x, y = torch.randn(2, 4, 5, 8, 8, dtype=bf16), torch.randn(2, 1, length, 4096, dtype=bf16)
+    clip = {"num_frames": 17.0, "height": 64.0, "width": 64.0, "ar": 1.0, "fps": 24.0}
+    mask = torch.arange(length)[None].repeat(2, 1) < 20
+    timestep = torch.tensor([500.0, 500.0])
+    return model(x, timestep, y, mask=mask, **{name: torch.full((2,), each) for name, each in clip.items()})
 
 
 def _vae_forward(model: VideoVAE) -> torch.Tensor:
