@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.checkpoints import load_model, resolve
+from opensora.checkpoints import load_config, load_model, resolve
 from opensora.config import (
     CausalVideoVAEConfig,
+    LatteT2VConfig,
     Precision,
     Preset,
     STDiT2Config,
     STDiT3Config,
+    STDiTConfig,
     TransformerConfig,
     VideoVAEConfig,
 )
-from opensora.models.stdit2 import STDiT2
-from opensora.models.stdit3 import STDiT3
+from opensora.models import LatteT2V, STDiT, STDiT2, STDiT3
 from opensora.parallel import DTYPES
 from opensora.text.cache import CachedTextEncoder, TextCache, identity_of
 from opensora.text.t5 import TextEncoder
 from opensora.vae import CausalVideoVAE, FrameVAE, VideoVAE
 
 TRANSFORMERS: dict[type, Callable[[Any], nn.Module]] = {
+    STDiTConfig: STDiT,
     STDiT2Config: STDiT2,
     STDiT3Config: STDiT3,
+    LatteT2VConfig: LatteT2V,
 }
 
 
@@ -78,8 +81,16 @@ def load_transformer(
     """The transformer of `config`'s class. A config.json beside the weights is read; without one `config` holds."""
     location = resolve(source)
     folder = location if location.is_dir() else location.parent
-    given = None if (folder / "config.json").is_file() else config
-    return load_model(location, TRANSFORMERS[type(config)], type(config), config=given, dtype=dtype, device=device)
+    if (folder / "config.json").is_file():
+        config = _completed(load_config(location, type(config)), config, folder / "config.json")
+    return load_model(location, TRANSFORMERS[type(config)], type(config), config=config, dtype=dtype, device=device)
+
+
+def _completed(stored: TransformerConfig, preset: TransformerConfig, path: Path) -> TransformerConfig:
+    """With what released files do not say, and only the preset knows: the version of a LatteT2V."""
+    if isinstance(stored, LatteT2VConfig) and "version" not in json.loads(path.read_text()):
+        return replace(stored, version=preset.version)
+    return stored
 
 
 def load_vae(source: str | Path, preset: Preset, *, dtype: torch.dtype, device: torch.device) -> Any:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.oracles.__main__ import find_cases, load_adapters, main, replay
-from tests.oracles.registry import Case, find_adapter
+from tests.oracles.registry import Case
 
 COMMITTED = Path(__file__).parent / "oracles" / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "oracles"

@@ -27,8 +27,9 @@ _LEAF_ROOMS = {room: {"config"} for room in ("data", "vae", "text", "models", "s
 _BESIDE_THEM = {"training": {"config", "parallel"}, "presets": {"config", "data"}}
 _BELOW = _FILES | _CHECKPOINTS | _LEAF_ROOMS | _BESIDE_THEM
 _JOINTS = {
-    "sampling": {"config", "conditioning", "data", "text"},
-    "sampler": {*_BELOW, "sampling"},
+    "sampling": {"config", "conditioning", "data", "schedulers", "text"},
+    "loading": {"checkpoints", "config", "models", "parallel", "text", "vae"},
+    "sampler": {*_BELOW, "loading", "sampling"},
     "trainer": {*_BELOW, "sampler"},
     "vae_trainer": {*_BELOW},
     "reconstruction": {"checkpoints", "config", "config_files", "vae", "video"},

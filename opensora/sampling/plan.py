@@ -50,7 +50,7 @@ class Progress:
 
     def __init__(self, plan: Plan, on_progress: OnProgress | None) -> None:
         num_batches = -(-plan.num_clips // plan.config.batch_size) * plan.config.loop
-        num_steps = plan.scheduler.config.num_sampling_steps
+        num_steps = len(plan.scheduler.sampling_timesteps(1, plan.arguments(1, torch.device("cpu"), torch.float32)))
         self._totals = {"text": 1, "denoise": num_batches * num_steps, "decode": num_batches}
         self._counts = dict.fromkeys(self._totals, 0)
         self._on_progress = on_progress
