@@ -4,7 +4,8 @@ A folder holds `config.json` and one of
 
 * `model.safetensors` or `diffusion_pytorch_model.safetensors`, whole or in shards with an `.index.json`;
 * `pytorch_model.bin` (`.pt`, `.pth`), whole or in shards, read with `weights_only=True`;
-* one `*.ckpt` of Open-Sora-Plan's VAE training, read likewise.
+* a folder `model` with one of these, as the training checkpoints of Open-Sora 1.1 and 1.2;
+* one file of another name: Open-Sora 1.0's `*.pth`, the `*.ckpt` of Open-Sora-Plan's VAE training; read likewise.
 
 Names and shapes are compared before the first weight is read; then each tensor is read straight into its place, so
 that the peak is the weights plus one tensor (safetensors) or plus one shard (pickles).
@@ -20,7 +21,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from opensora.config_files import ConfigError, config_from_dict, config_to_dict
+from opensora.families import recognise
+from opensora.placements import LoadReport, plan
 from opensora.weight_files import CheckpointError, WeightFile, weight_file_names, weight_files
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<part>[\w.-][\w./-]*))?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.model", "*.txt")
 
 
@@ -46,30 +48,38 @@ def load_model(
     config: Config | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    prefer_ema: bool = False,
 ) -> Model:
     """Build `model_type(config)` without allocating its weights, then read them from `source`; returned in eval mode.
 
-    Shapes: those of the model. dtype: floating-point weights become `dtype`; None keeps what is stored.
-    Errors: CheckpointError naming every missing, unexpected and mis-shaped key, before any weight is read.
+    Shapes: those of the model. dtype: floating-point weights become `dtype`; None keeps what is stored. prefer_ema:
+    take the weights that training has averaged, where the checkpoint has them beside the last ones.
+    Errors: CheckpointError naming every missing, unexpected and mis-shaped key, before any weight is read, and of which
+    other model the checkpoint seems to be.
     Source: loading rules of Open-Sora v1.2.0 (opensora/utils/ckpt_utils.py), made strict.
     """
     location = resolve(source)
     if config is None:
-        config = load_config(location, config_type)
+        try:
+            config = load_config(location, config_type)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_other_family(location, model_type)}") from error
     with _empty_parameters():
         model = model_type(config)
-    _fill(model, weight_files(location), location, strict=True, dtype=dtype, device=torch.device(device))
+    files = weight_files(location, prefer_ema=prefer_ema)
+    _fill(model, files, location, strict=True, dtype=dtype, device=torch.device(device))
     return model.eval()
 
 
-def load_weights(model: nn.Module, source: str | Path, *, strict: bool = True) -> LoadReport:
+def load_weights(model: nn.Module, source: str | Path, *, strict: bool = True, prefer_ema: bool = False) -> LoadReport:
     """Copy the weights of `source` into an existing model, in the model's dtypes and devices.
 
     With `strict=False` missing and unexpected keys are reported, not refused (a PixArt checkpoint has no temporal
     blocks); a wrong shape is always refused, and so is a file of which no key fits. Errors: CheckpointError.
     """
     location = resolve(source)
-    return _fill(model, weight_files(location), location, strict=strict, dtype=None, device=None)
+    files = weight_files(location, prefer_ema=prefer_ema)
+    return _fill(model, files, location, strict=strict, dtype=None, device=None)
 
 
 def save_model(
@@ -79,10 +89,12 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 << 30,
+    stem: str = "model",
 ) -> None:
     """Write config.json and model.safetensors (in shards above `max_shard_bytes`) into `folder`.
 
-    `model` is a module or its state dict.
+    `model` is a module or its state dict; `config` a dataclass, or the content of config.json; `stem` another file
+    name, such as diffusers' diffusion_pytorch_model.
     Every file is complete under a temporary name before the first one is renamed: a full disk or a kill leaves the
     previous checkpoint as it was. `dtype` converts floating-point weights in the file, not in the model.
     """
@@ -92,27 +104,28 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
     shards = _split(state, max_shard_bytes, dtype)
-    names = ["model.safetensors"]
+    names, index_name = [f"{stem}.safetensors"], f"{stem}.safetensors.index.json"
     if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     with replace_files(folder) as temporary:
         for name, keys in zip(names, shards, strict=True):
             save_file({key: _stored(state[key], dtype) for key in keys}, temporary / name, metadata={"format": "pt"})
         if len(shards) > 1:
             weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
             index = {"metadata": {}, "weight_map": weight_map}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
+            (temporary / index_name).write_text(json.dumps(index, indent=1, sort_keys=True))
         save_config(temporary, config)
         for name in names:  # safetensors writes files that their owner alone may read
             (temporary / name).chmod((temporary / "config.json").stat().st_mode)
     for stale in weight_file_names(folder):
-        if stale not in (*names, "model.safetensors.index.json" if len(shards) > 1 else ""):
+        if stale not in (*names, index_name if len(shards) > 1 else ""):
             (folder / stale).unlink()
 
 
 def save_config(folder: Path, config: Any) -> None:
-    """Write `config` (a dataclass) as folder/config.json, with its class name under `config_type`."""
-    (folder / "config.json").write_text(json.dumps(config_to_dict(config), indent=1) + "\n")
+    """Write folder/config.json: a dataclass with its class name under `config_type`, a mapping as it is."""
+    content = dict(config) if isinstance(config, Mapping) else config_to_dict(config)
+    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def load_config(source: str | Path, config_type: type[Config]) -> Config:
@@ -128,24 +141,33 @@ def load_config(source: str | Path, config_type: type[Config]) -> Config:
 
 
 def resolve(source: str | Path) -> Path:
-    """The local folder or file of `source`; a hub id ("owner/name") that is not a local path is downloaded."""
+    """The local folder or file of `source`; a hub id that is not a local path is downloaded.
+
+    "owner/name" is a whole repository, "owner/name:vae" a folder and "owner/name:weights.pth" a file of one.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if not _HUB_ID.fullmatch(str(source)):
+    hub_id = _HUB_ID.fullmatch(str(source))
+    if hub_id is None:
         raise CheckpointError(
             f"checkpoint {str(source)!r} is neither an existing folder or file nor a hub id (owner/name)"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    part = (hub_id["part"] or "").strip("/")
+    patterns = [part, *(f"{part}/{pattern}" for pattern in _HUB_FILES)] if part else list(_HUB_FILES)
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(_HUB_FILES)))
+        found = Path(snapshot_download(hub_id["id"], allow_patterns=patterns)) / part
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint {str(source)!r} is no local folder and the hub does not give it: {reason}"
         ) from error
+    if not found.exists():
+        raise CheckpointError(f"checkpoint {str(source)!r}: {hub_id['id']} on the hub has no {part}")
+    return found
 
 
 @contextmanager
@@ -161,39 +183,6 @@ def replace_files(folder: Path) -> Iterator[Path]:
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Keys that did not find their place: model keys without weights, weights without a key, and wrong shapes."""
-
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mis_shaped: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.mis_shaped)
-
-    def __str__(self) -> str:
-        parts = []
-        for title, keys in (
-            ("missing", self.missing),
-            ("unexpected", self.unexpected),
-            ("mis-shaped", self.mis_shaped),
-        ):
-            if keys:
-                shown = ", ".join(keys[:12]) + (f", and {len(keys) - 12} more" if len(keys) > 12 else "")
-                parts.append(f"{len(keys)} {title} ({shown})")
-        return "; ".join(parts) or "every key found its place"
-
-
-@dataclass(frozen=True)
-class _Placement:
-    """Where a stored tensor goes, and how it must be changed on the way."""
-
-    target: str
-    shape: tuple[int, ...]
-    change: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
 
 
 def _fill(
@@ -212,9 +201,10 @@ def _fill(
         stored.update(file.shapes())
     not_loaded = getattr(model, "keys_not_loaded", ())  # prefixes of what training alone needs
     stored = {name: shape for name, shape in stored.items() if not name.startswith(not_loaded)}
-    plan, report = _plan(stored, wanted)
-    if report.mis_shaped or not plan or (strict and report):
-        raise CheckpointError(f"{location}: does not fit {type(model).__name__}: {report}")
+    placements, report = plan(stored, wanted)
+    if report.mis_shaped or not placements or (strict and report):
+        hint = _other_family(location, type(model), stored)
+        raise CheckpointError(f"{location}: does not fit {type(model).__name__}: {report}{hint}")
     owners = {
         f"{prefix}.{name}" if prefix else name: (module, name)
         for prefix, module in model.named_modules()
@@ -223,10 +213,10 @@ def _fill(
     dtypes = set()
     for file in files:
         for name, tensor in file.tensors():
-            if name not in plan:
+            if name not in placements:
                 continue
-            module, leaf = owners[plan[name].target]
-            tensor = plan[name].change(tensor)
+            module, leaf = owners[placements[name].target]
+            tensor = placements[name].change(tensor)
             if device is None:
                 with torch.no_grad():
                     getattr(module, leaf).copy_(tensor)
@@ -240,47 +230,18 @@ def _fill(
     return report
 
 
-def _plan(
-    stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, _Placement], LoadReport]:
-    plan: dict[str, _Placement] = {}
-    unexpected, mis_shaped = [], []
-    kept = {name for name in wanted if name.startswith("pos_embed")}  # computed by the model, never loaded
-    for name, shape in stored.items():
-        if name.startswith("pos_embed"):
-            continue
-        placement = _place(name, shape, wanted)
-        if placement.target not in wanted:
-            unexpected.append(name)
-        elif placement.shape != wanted[placement.target]:
-            mis_shaped.append(f"{name} {list(shape)} for {list(wanted[placement.target])}")
-        else:
-            plan[name] = placement
-    found = {placement.target for placement in plan.values()} | kept
-    bad = {entry.split(" ")[0] for entry in mis_shaped}
-    missing = [name for name in wanted if name not in found and name not in bad]
-    return plan, LoadReport(tuple(missing), tuple(unexpected), tuple(mis_shaped))
-
-
-def _place(name: str, shape: tuple[int, ...], wanted: dict[str, tuple[int, ...]]) -> _Placement:
-    """Upstream's rules: the null caption's length, PixArt's 2-D patch embedding, PixArt's block names."""
-    target = name
-    if name.startswith("blocks.") and name not in wanted:
-        target = f"spatial_{name}"
-    goal = wanted.get(target)
-    if goal is None or goal == shape:
-        return _Placement(target, shape)
-    if name.endswith("y_embedder.y_embedding") and len(shape) == 2 and shape[1:] == goal[1:]:
-        return _Placement(target, goal, lambda tensor: _with_length(tensor, goal[0]))
-    if name.endswith("x_embedder.proj.weight") and (*shape[:2], 1, *shape[2:]) == goal:
-        return _Placement(target, goal, lambda tensor: tensor.unsqueeze(2))
-    return _Placement(target, shape)
-
-
-def _with_length(table_LC: Tensor, length: int) -> Tensor:
-    """Cut to `length` rows, or repeat the last row up to it."""
-    extra = max(0, length - table_LC.shape[0])
-    return torch.cat([table_LC[:length], table_LC[-1:].expand(extra, -1)])
+def _other_family(
+    location: Path, model_type: Callable[..., nn.Module], stored: Mapping[str, tuple[int, ...]] | None = None
+) -> str:
+    """ "; looks like STDiT2 of Open-Sora 1.1" where the keys are of another model than `model_type`, else ""."""
+    if stored is None:
+        try:
+            stored = {name: shape for file in weight_files(location) for name, shape in file.shapes().items()}
+        except CheckpointError:  # the caller has an error to raise already
+            return ""
+    family = recognise(stored)
+    is_other = family is not None and family.name != getattr(model_type, "__name__", family.name)
+    return f"; looks like {family}" if is_other else ""
 
 
 def _assign(module: nn.Module, leaf: str, tensor: Tensor) -> None:

@@ -21,6 +21,7 @@ _RELEASED_ONLY = {
     "config_type",
     "dtype",
     "enable_flash_attn",
+    "enable_flashattn",
     "enable_layernorm_kernel",
     "enable_sequence_parallelism",
     "force_huggingface",

@@ -14,6 +14,15 @@ from torch import Tensor
 
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_NAMED = re.compile(rf"({'|'.join(_STEMS)})(-\d+-of-\d+)?\.(safetensors|bin|pt|pth)(\.index\.json)?")
+# Beside weights in training checkpoints.
+_OTHER_STATE = re.compile(r"(?i).*optim.*|.*scheduler.*|sampler.*|rng.*|random_states.*|scaler.*|training_args.*")
+_EMA_FILE, _EMA_FOLDER, _MODEL_FOLDER = "ema.pt", "model_ema", "model"
+# Where training code keeps weights inside a pickled dictionary; averaged ones, then plain ones.
+_EMA_ENTRIES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema")
+_ENTRIES = ("state_dict", "model_state_dict", "model", "module", "gen_model")
+# What wrappers for parallel training and compilation put before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 class CheckpointError(ValueError):
@@ -21,51 +30,91 @@ class CheckpointError(ValueError):
 
 
 class WeightFile(Protocol):
+    """`entry`: under which key of a pickled dictionary the weights are, "" for at its top."""
+
     path: Path
+    entry: str
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def dtypes(self) -> dict[str, torch.dtype]: ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
-def weight_files(location: Path) -> list[WeightFile]:
-    """The weight files of a folder (or the file itself), in reading order. Errors: CheckpointError."""
+def weight_files(location: Path, *, prefer_ema: bool = False) -> list[WeightFile]:
+    """The weight files of a folder (or the file itself), in reading order.
+
+    A folder holds weights under a usual name, whole or in shards; or a folder `model` that does, as a training
+    checkpoint; or a single file of weights under any name. With `prefer_ema`, weights that training has averaged come
+    before the last ones, where there are any: `ema.pt`, a folder `model_ema`, or an entry of a pickled dictionary.
+    Errors: CheckpointError.
+    """
     if location.is_file():
-        return [_weight_file(location)]
-    for index in sorted(location.glob("*.index.json")):
+        return [_weight_file(location, prefer_ema)]
+    if prefer_ema and (location / _EMA_FILE).is_file():
+        return [_weight_file(location / _EMA_FILE, prefer_ema)]
+    if prefer_ema and (location / _EMA_FOLDER).is_dir():
+        return weight_files(location / _EMA_FOLDER)
+    paths = _named_weights(location)
+    if not paths and (location / _MODEL_FOLDER).is_dir():
+        return weight_files(location / _MODEL_FOLDER)
+    if not paths:
+        paths = loose_weights(location)
+        if len(paths) > 1:
+            names = ", ".join(path.name for path in paths)
+            raise CheckpointError(f"{location}: holds several checkpoints, name one: {names}")
+    if not paths:
+        raise CheckpointError(
+            f"{location}: holds no weights (looked for {', '.join(_STEMS)} with {', '.join(_SUFFIXES)}, a folder "
+            f"{_MODEL_FOLDER}, and a file of any name)"
+        )
+    return [_weight_file(path, prefer_ema) for path in paths]
+
+
+def has_named_weights(folder: Path) -> bool:
+    """Whether a folder holds weights under a usual name. Errors: CheckpointError for an index with files missing."""
+    return bool(_named_weights(folder))
+
+
+def loose_weights(folder: Path) -> list[Path]:
+    """Files of weights under other names than the usual ones: OpenSora-v1-HQ-16x256x256.pth, a trainer's *.ckpt."""
+    suffixes = {*_SUFFIXES, ".ckpt"}
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and path.suffix in suffixes
+        and not _OTHER_STATE.fullmatch(path.name)
+        and not _NAMED.fullmatch(path.name)
+    )
+
+
+def weight_file_names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if _NAMED.fullmatch(path.name)]
+
+
+def _named_weights(location: Path) -> list[Path]:
+    for index in sorted(path for stem in _STEMS for path in location.glob(f"{stem}.*index.json")):
         names = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
         absent = [name for name in names if not (location / name).is_file()]
         if absent:
             raise CheckpointError(f"{location}: {index.name} names {', '.join(absent)}, which the folder lacks")
         if names:
-            return [_weight_file(location / name) for name in names]
+            return [location / name for name in names]
     for suffix in _SUFFIXES:
         whole = [location / f"{stem}{suffix}" for stem in _STEMS]
         for path in whole:
             if path.is_file():
-                return [_weight_file(path)]
+                return [path]
         shards = sorted(path for stem in _STEMS for path in location.glob(f"{stem}-*-of-*{suffix}"))
         if shards:
-            return [_weight_file(path) for path in shards]
-    checkpoints = sorted(location.glob("*.ckpt"))  # of a training of Open-Sora-Plan's, under any name
-    if len(checkpoints) > 1:
-        raise CheckpointError(
-            f"{location}: holds several checkpoints, name one: {', '.join(p.name for p in checkpoints)}"
-        )
-    if checkpoints:
-        return [_weight_file(checkpoints[0])]
-    raise CheckpointError(
-        f"{location}: holds no weights (looked for {', '.join(_STEMS)} with {', '.join(_SUFFIXES)}, and *.ckpt)"
-    )
+            return shards
+    return []
 
 
-def weight_file_names(folder: Path) -> list[str]:
-    pattern = re.compile(rf"({'|'.join(_STEMS)})(-\d+-of-\d+)?\.(safetensors|bin|pt|pth)(\.index\.json)?")
-    return [path.name for path in folder.iterdir() if pattern.fullmatch(path.name)]
-
-
-def _weight_file(path: Path) -> WeightFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path)
+def _weight_file(path: Path, prefer_ema: bool) -> WeightFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path, prefer_ema=prefer_ema)
 
 
 _SAFETENSORS_DTYPES = {
@@ -87,6 +136,8 @@ _SAFETENSORS_DTYPES = {
 class SafetensorsFile:
     """Reads without memory-mapping: mapped pages count as resident, so a mapped file doubles the peak while copied."""
 
+    entry = ""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         size = path.stat().st_size
@@ -100,6 +151,7 @@ class SafetensorsFile:
             except ValueError as error:
                 raise CheckpointError(f"{path}: has a damaged header ({error})") from error
         self._header.pop("__metadata__", None)
+        self._header = _unwrapped(self._header)
         self._data_start = 8 + length
         needed = max((entry["data_offsets"][1] for entry in self._header.values()), default=0)
         if self._data_start + needed > size:
@@ -108,12 +160,17 @@ class SafetensorsFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(entry["shape"]) for name, entry in self._header.items()}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        for name, entry in self._header.items():
+            if entry["dtype"] not in _SAFETENSORS_DTYPES:
+                raise CheckpointError(f"{self.path}: {name} has the unknown dtype {entry['dtype']}")
+        return {name: _SAFETENSORS_DTYPES[entry["dtype"]] for name, entry in self._header.items()}
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        dtypes = self.dtypes()
         with self.path.open("rb", buffering=0) as stream:
             for name, entry in sorted(self._header.items(), key=lambda item: item[1]["data_offsets"][0]):
-                if entry["dtype"] not in _SAFETENSORS_DTYPES:
-                    raise CheckpointError(f"{self.path}: {name} has the unknown dtype {entry['dtype']}")
-                tensor = torch.empty(entry["shape"], dtype=_SAFETENSORS_DTYPES[entry["dtype"]])
+                tensor = torch.empty(entry["shape"], dtype=dtypes[name])
                 first, last = entry["data_offsets"]
                 if tensor.nbytes != last - first:
                     raise CheckpointError(
@@ -135,26 +192,54 @@ def _read_into(stream: Any, tensor: Tensor) -> None:
 
 
 class PickledFile:
-    """A `torch.save` file of tensors; `weights_only=True`, so that it cannot run code."""
+    """A `torch.save` file of tensors; `weights_only=True`, so that it cannot run code.
 
-    def __init__(self, path: Path) -> None:
+    Training code keeps weights under a key of its own, or under two: the last and the averaged ones.
+    """
+
+    def __init__(self, path: Path, *, prefer_ema: bool = False) -> None:
         self.path = path
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._load("meta").items()}
+        self._prefer_ema = prefer_ema
+        self.entry, self._empty = self._load("meta")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shapes)
+        return {name: tuple(tensor.shape) for name, tensor in self._empty.items()}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in self._empty.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._load("cpu").items()
+        yield from self._load("cpu")[1].items()
 
-    def _load(self, device: str) -> dict[str, Tensor]:
+    def _load(self, device: str) -> tuple[str, dict[str, Tensor]]:
+        with self.path.open("rb") as stream:
+            if stream.read(1) not in (b"P", b"\x80"):  # an archive, or a pickle of PyTorch before 1.6
+                raise CheckpointError(f"{self.path}: is no file of weights")
         try:
             content = torch.load(self.path, map_location=device, weights_only=True)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(f"{self.path}: cannot be read as tensors only: {reason}") from error
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]  # PixArt's files keep the weights under this key
         if not isinstance(content, dict):
             raise CheckpointError(f"{self.path}: holds {type(content).__name__}, expected a dictionary of tensors")
-        return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        entries = (*_EMA_ENTRIES, *_ENTRIES) if self._prefer_ema else (*_ENTRIES, *_EMA_ENTRIES)
+        entry, tensors = _find_tensors(content, entries)
+        return entry, _unwrapped(tensors)
+
+
+def _find_tensors(content: dict[str, Any], entries: tuple[str, ...]) -> tuple[str, dict[str, Tensor]]:
+    """The tensors under the first of `entries` that has any, as "state_dict.gen_model", else those at the top."""
+    for entry in entries:
+        if isinstance(content.get(entry), dict):
+            below, tensors = _find_tensors(content[entry], entries)
+            if tensors:
+                return f"{entry}.{below}".rstrip("."), tensors
+    return "", {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _unwrapped(named: dict[str, Any]) -> dict[str, Any]:
+    """Without what a wrapper has put before all names."""
+    for prefix in _WRAPPERS:
+        while named and all(name.startswith(prefix) for name in named):
+            named = {name[len(prefix) :]: value for name, value in named.items()}
+    return named

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from opensora.checkpoints import load_model, save_model
 from opensora.config import LatteT2VConfig, STDiT3Config, VideoVAEConfig
 from opensora.models.latte import LatteT2V
+from opensora.models.stdit import STDiT
+from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
-from opensora.presets import open_sora_plan_v1_0, tiny
+from opensora.presets import open_sora_plan_v1_0, open_sora_v1_0, open_sora_v1_1, tiny
 from opensora.sampling.stages import StageMeter
 from opensora.vae import VideoVAE
 
@@ -67,13 +69,15 @@ def run(name: str, folder: Path) -> dict[str, float]:
     }
 
 
-def _transformer_forward(model: nn.Module) -> Tensor:
+def _stdit_forward(model: nn.Module) -> Tensor:
     """5 x 8 x 8 latents: 17 frames of 64 x 64 pixels, conditional and unconditional."""
     bf16 = torch.bfloat16
-    x, y = torch.randn(2, 4, 5, 8, 8, dtype=bf16), torch.randn(2, 1, 300, 4096, dtype=bf16)
-    size = torch.tensor([64.0, 64.0], dtype=bf16)
-    mask = torch.arange(300)[None].repeat(2, 1) < 20
-    return model(x, torch.tensor([500.0, 500.0]), y, mask=mask, fps=size * 0 + 24, height=size, width=size)
+    length = model.config.model_max_length
+    x, y = torch.randn(2, 4, 5, 8, 8, dtype=bf16), torch.randn(2, 1, length, 4096, dtype=bf16)
+    clip = {"num_frames": 17.0, "height": 64.0, "width": 64.0, "ar": 1.0, "fps": 24.0}
+    mask = torch.arange(length)[None].repeat(2, 1) < 20
+    timestep = torch.tensor([500.0, 500.0])
+    return model(x, timestep, y, mask=mask, **{name: torch.full((2,), each) for name, each in clip.items()})
 
 
 def _vae_forward(model: VideoVAE) -> Tensor:
@@ -98,14 +102,22 @@ class FullSize:
     forward: Callable[[Any], Tensor]
 
 
-_SMALL = STDiT3Config(hidden_size=16, depth=1, num_heads=1, caption_channels=8, model_max_length=4)
-_SMALL_LATTE = LatteT2VConfig(
-    num_attention_heads=1, attention_head_dim=16, cross_attention_dim=16, num_layers=1, caption_channels=8
-)
+def _stdit(model_type: type[nn.Module], config: Any) -> FullSize:
+    small = replace(config, hidden_size=48, depth=1, num_heads=1, caption_channels=8, model_max_length=4)
+    return FullSize(model_type, config, small, _stdit_forward)
+
+
+def _latte(config: LatteT2VConfig) -> FullSize:
+    small = {"num_attention_heads": 1, "attention_head_dim": 16, "cross_attention_dim": 16, "num_layers": 1}
+    return FullSize(LatteT2V, config, replace(config, **small, caption_channels=8), _latte_forward)
+
+
 MODELS = {
-    "transformer": FullSize(STDiT3, STDiT3Config(), _SMALL, _transformer_forward),
+    "stdit": _stdit(STDiT, open_sora_v1_0.transformer("16x256x256")),
+    "stdit2": _stdit(STDiT2, open_sora_v1_1.transformer()),
+    "transformer": _stdit(STDiT3, STDiT3Config()),
     "vae": FullSize(VideoVAE, VideoVAEConfig(), tiny.vae(), _vae_forward),
-    "latte": FullSize(LatteT2V, open_sora_plan_v1_0.transformer("17x256x256"), _SMALL_LATTE, _latte_forward),
+    "latte": _latte(open_sora_plan_v1_0.transformer("17x256x256")),
 }
 
 

@@ -20,10 +20,9 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 450
 
 # Files of opensora and folders of files -> what else in opensora they may import.
-_FILES = {name: set() for name in ("config", "parallel", "video", "weight_files", "metrics")} | {
-    "config_files": {"config"}
-}
-_CHECKPOINTS = {"checkpoints": {"config", "config_files", "weight_files"}}
+_ALONE = ("config", "parallel", "video", "weight_files", "metrics", "families", "placements")
+_FILES = {name: set() for name in _ALONE} | {"config_files": {"config"}}
+_CHECKPOINTS = {"checkpoints": {"config", "config_files", "families", "placements", "weight_files"}}
 _LEAF_ROOMS = {room: {"config"} for room in ("data", "vae", "text", "models", "schedulers", "conditioning")}
 _BESIDE_THEM = {"training": {"config", "parallel"}, "presets": {"config", "data"}}
 _BELOW = _FILES | _CHECKPOINTS | _LEAF_ROOMS | _BESIDE_THEM
@@ -34,7 +33,8 @@ _JOINTS = {
     "vae_trainer": {*_BELOW},
     "reconstruction": {"checkpoints", "config", "config_files", "vae", "video"},
 }
-ROOMS: dict[str, set[str]] = _BELOW | _JOINTS | {"cli": {*_BELOW, *_JOINTS}, "__main__": {"cli"}, "__init__": set()}
+_INSIDE = _BELOW | _JOINTS
+ROOMS: dict[str, set[str]] = _INSIDE | {"cli": {*_INSIDE}, "__main__": {"cli"}, "__init__": set()}
 # The data set of the embedded model writes video as well as reading it.
 EXCEPTIONS = {("opensora/data/tiny_dataset.py", "video")}
 

@@ -22,7 +22,7 @@ from opensora.config.training import (
     TrainVAEConfig,
     VAELossConfig,
 )
-from opensora.config.transformers import LatteT2VConfig, STDiT2Config, STDiT3Config
+from opensora.config.transformers import LatteT2VConfig, STDiT2Config, STDiT3Config, STDiTConfig
 from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VideoVAEConfig
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "RunConfig",
     "STDiT2Config",
     "STDiT3Config",
+    "STDiTConfig",
     "SampleConfig",
     "SampleMethod",
     "SchedulerConfig",

@@ -7,6 +7,33 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class STDiTConfig:
+    """Open-Sora 1.0's diffusion transformer, with upstream's argument names and defaults.
+
+    `input_size` is in latents: its patches decide the stored position tables. Positions are divided by `space_scale`
+    (0.5 for 256 x 256 pixels, 1 for 512 x 512) and `time_scale` (1 for 16 frames, 2/3 for 64). `freeze` as in
+    `STDiT2Config`. `no_temporal_pos_emb` has no effect.
+    """
+
+    input_size: tuple[int, int, int] = (1, 32, 32)
+    in_channels: int = 4
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    pred_sigma: bool = True
+    drop_path: float = 0.0
+    no_temporal_pos_emb: bool = False
+    caption_channels: int = 4096
+    model_max_length: int = 120
+    space_scale: float = 1.0
+    time_scale: float = 1.0
+    freeze: Literal["not_temporal", "text"] | None = None
+
+
+@dataclass(frozen=True)
 class STDiT2Config:
     """Open-Sora 1.1's diffusion transformer, with upstream's argument names and defaults.
 

@@ -15,9 +15,17 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora.models.layers import TextContext
 
+Denoiser = Callable[..., Tensor]
+"""(x, timestep, x_mask=None) -> (rows of text, C or 2C, T, H, W): one evaluation of a sampling run."""
+
 
 class VideoTransformer(nn.Module):
-    """Subclasses embed captions and list who reads them."""
+    """Subclasses embed captions and list who reads them.
+
+    `takes_frame_mask`: forward and denoiser take x_mask (B, T), False where a frame is given clean.
+    """
+
+    takes_frame_mask = False
 
     def __init__(self) -> None:
         super().__init__()

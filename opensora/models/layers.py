@@ -126,16 +126,24 @@ class PositionEmbedding2D(nn.Module):
         # Upstream keeps these in a buffer that follows the model's dtype, so they are rounded to it.
         frequencies = (1.0 / 10000**exponents).to(dtype)
 
-        def embed(count: int) -> Tensor:
-            positions = torch.arange(count, dtype=torch.float32, device=device) / scale
-            if base_size is not None:
-                positions = positions * (base_size / count)
-            angles = positions[:, None] * frequencies
-            return torch.cat([angles.sin(), angles.cos()], dim=-1)
+        def positions(count: int) -> Tensor:
+            places = torch.arange(count, dtype=torch.float32, device=device) / scale
+            return places if base_size is None else places * (base_size / count)
 
-        by_column = embed(columns)[None].expand(rows, -1, -1)
-        by_row = embed(rows)[:, None].expand(-1, columns, -1)
-        return torch.cat([by_column, by_row], dim=-1).reshape(1, rows * columns, self.dim).to(dtype)
+        return grid_table(positions(rows), positions(columns), frequencies).to(dtype)
+
+
+def sine_table(positions_L: Tensor, frequencies: Tensor) -> Tensor:
+    """[sin(p f) | cos(p f)] of every position: (L,), (D/2,) -> (L, D)."""
+    angles = positions_L[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def grid_table(rows_R: Tensor, columns_C: Tensor, frequencies: Tensor) -> Tensor:
+    """Every site's column, then its row, as `sine_table`: (R,), (C,), (D/4,) -> (1, R*C, D)."""
+    by_column = sine_table(columns_C, frequencies)[None].expand(len(rows_R), -1, -1)
+    by_row = sine_table(rows_R, frequencies)[:, None].expand(-1, len(columns_C), -1)
+    return torch.cat([by_column, by_row], dim=-1).flatten(0, 1)[None]
 
 
 def sinusoid(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

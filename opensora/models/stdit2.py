@@ -8,7 +8,7 @@ Axes as in layers.py: B batch, C latent channels, T frames, S sites, L tokens, D
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -33,7 +33,7 @@ from opensora.models.layers import (
     timestep_sets,
     unpatchify,
 )
-from opensora.models.stdit_base import STDiTBase, first
+from opensora.models.stdit_base import AnySizeSTDiT, OneStackSTDiT, first
 
 
 class Conditions(NamedTuple):
@@ -44,7 +44,7 @@ class Conditions(NamedTuple):
     final_GBD: Tensor
 
 
-class STDiT2(STDiTBase):
+class STDiT2(OneStackSTDiT, AnySizeSTDiT):
     """Predicts, from noisy latents, the noise and (second half of the channels) the place of the variance in its range.
 
     `config` carries upstream's constructor arguments; state-dict keys and shapes are upstream's. Works in fp32, with
@@ -77,13 +77,7 @@ class STDiT2(STDiTBase):
         self.final_layer = FinalLayer(dim, pt * ph * pw, self.out_channels)
 
         self.initialize_weights()
-        if config.freeze == "not_temporal":
-            self.requires_grad_(False)
-            for block in self.blocks:
-                block.attn_temp.requires_grad_(True)
-        elif config.freeze == "text":
-            for reader in self.text_readers():
-                reader.requires_grad_(False)
+        self.freeze(config.freeze)
 
     def forward(
         self,
@@ -98,6 +92,8 @@ class STDiT2(STDiTBase):
         ar: Tensor | None = None,
         fps: Tensor | None = None,
         *,
+        with_variance: bool = True,
+        pixels: tuple[float, float] | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
         """One evaluation of the network.
@@ -107,24 +103,25 @@ class STDiT2(STDiTBase):
         True where a frame is noised, False where it is given clean. Of the clip, all (B,): num_frames in frames, not
         latents; height and width in pixels, of which sample 0's place the patches; ar = height / width; fps, 120 for
         an image. y may have k*B rows: all else then serves each of its k parts.
-        Returns fp32 (rows of y, 2C, T, H, W), C channels without pred_sigma. `generator` draws caption dropout.
+        Returns fp32 (rows of y, 2C or C, T, H, W): C without pred_sigma or `with_variance`.
+        `pixels` is sample 0's (height, width) on the host, which spares a device the wait. `generator` draws caption
+        dropout.
         Errors: ValueError when a number of the clip is missing, or the mask does not fit y.
         """
         clip = {"num_frames": num_frames, "height": height, "width": width, "ar": ar, "fps": fps}
-        missing = [name for name, value in clip.items() if value is None]
-        if missing:
-            raise ValueError(f"STDiT2: {', '.join(clip)} are required, got no {', '.join(missing)}")
+        self.require(clip)
         dtype = self.x_embedder.proj.weight.dtype
         text = y if isinstance(y, TextContext) else self.embed_text(y, mask, generator=generator)
         grid = self.x_embedder.grid(x)
-        tokens = self.x_embedder(x.to(dtype)) + self.position_table(grid, first(height), first(width))
+        tokens = self.x_embedder(x.to(dtype)) + self.position_table(grid, *(pixels or (first(height), first(width))))
         tokens, timestep, x_mask = self.for_each_text(text, tokens, timestep, x_mask)
 
         conditions = self.embed_conditions(timestep.to(dtype), clip, with_zero=x_mask is not None)
         rope = self.rope(tokens.shape[1])
         for i, block in enumerate(self.blocks):
             tokens = self.run_block(block, tokens, text.for_block(i), text.key_lengths, conditions, x_mask, rope)
-        out = self.final_layer(tokens.flatten(1, 2), conditions.final_GBD, x_mask)
+        num_channels = None if with_variance else self.config.in_channels
+        out = self.final_layer(tokens.flatten(1, 2), conditions.final_GBD, x_mask, num_channels=num_channels)
         return unpatchify(out, grid, self.config.patch_size, tuple(x.shape[2:]))
 
     def embed_conditions(self, timestep: Tensor, clip: dict[str, Tensor], *, with_zero: bool) -> Conditions:
@@ -145,21 +142,15 @@ class STDiT2(STDiTBase):
             torch.cat([t_GBD[:1], space_GBD[1:]]),
         )
 
-    def text_readers(self) -> list[CrossAttention]:
-        return [block.cross_attn for block in self.blocks]
+    def constants(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        clip = {name: arguments.get(name) for name in ("num_frames", "height", "width", "ar", "fps")}
+        self.require(clip)
+        return {**clip, "pixels": (first(clip["height"]), first(clip["width"]))}
 
     def initialize_weights(self) -> None:
-        """Xavier, small timestep and caption layers; temporal attention, the text and the output start at zero."""
+        """As STDiT's, with a small layer for the conditions of temporal attention."""
         super().initialize_weights()
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        captions = self.y_embedder.y_proj
-        small = (*self.t_embedder.mlp[::2], self.t_block[1], self.t_block_temp[1], captions.fc1, captions.fc2)
-        for layer in small:
-            nn.init.normal_(layer.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.attn_temp.proj.weight)
-            nn.init.zeros_(block.cross_attn.proj.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.normal_(self.t_block_temp[1].weight, std=0.02)
 
 
 class STDiT2Block(nn.Module):

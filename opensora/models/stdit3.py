@@ -7,7 +7,6 @@ Axes as in layers.py: B batch, C latent channels, T frames, S sites, L tokens, D
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -34,12 +33,10 @@ from opensora.models.layers import (
     unpack_tokens,
     unpatchify,
 )
-from opensora.models.stdit_base import STDiTBase, first
-
-Velocity = Callable[..., Tensor]
+from opensora.models.stdit_base import AnySizeSTDiT, first
 
 
-class STDiT3(STDiTBase):
+class STDiT3(AnySizeSTDiT):
     """Predicts, from noisy latents, the flow's velocity and (second half of the channels) an unused variance.
 
     `config` carries upstream's constructor arguments; state-dict keys and shapes are upstream's. Works in fp32, with
@@ -85,7 +82,7 @@ class STDiT3(STDiTBase):
         height: Tensor | float | None = None,
         width: Tensor | float | None = None,
         *,
-        velocity_only: bool = False,
+        with_variance: bool = True,
         generator: Generator | None = None,
         **ignored: Any,
     ) -> Tensor:
@@ -95,12 +92,11 @@ class STDiT3(STDiTBase):
         or fewer rows that are tiled (no mask: all tokens), or a `TextContext` from `prepare_text`; x_mask (B, T) bool,
         True where a frame is noised, False where it is given clean; fps (B,) frames per second; height and width in
         pixels, of which sample 0 counts. y may have k*B rows: x, timestep and x_mask then serve each of its k parts.
-        Returns fp32 (rows of y, 2C or C, T, H, W): C without pred_sigma or with `velocity_only`.
+        Returns fp32 (rows of y, 2C or C, T, H, W): C without pred_sigma or `with_variance`.
         Other keyword arguments (num_frames, ar) are ignored as upstream does. `generator` draws caption dropout.
         Errors: ValueError when fps, height or width is missing, or the mask does not fit y.
         """
-        if fps is None or height is None or width is None:
-            raise ValueError(f"STDiT3: fps, height and width are required, got {fps}, {height}, {width}")
+        self.require({"fps": fps, "height": height, "width": width})
         dtype = self.x_embedder.proj.weight.dtype
         text = y if isinstance(y, TextContext) else self.embed_text(y, mask, generator=generator)
         grid = self.x_embedder.grid(x)
@@ -111,7 +107,7 @@ class STDiT3(STDiTBase):
         t_GBD = self.embed_timestep(timestep.to(dtype), with_zero=x_mask is not None) + rate_BD
         t6_GB6D = self.t_block(t_GBD).unflatten(-1, (6, -1))
         tokens = self.run_blocks(tokens, text, t6_GB6D, x_mask)
-        num_channels = self.config.in_channels if velocity_only else None
+        num_channels = None if with_variance else self.config.in_channels
         out = self.final_layer(tokens.flatten(1, 2), t_GBD, x_mask, num_channels=num_channels)
         return unpatchify(out, grid, self.config.patch_size, tuple(x.shape[2:]))
 
@@ -125,25 +121,10 @@ class STDiT3(STDiTBase):
                 )
         return x_BTSD
 
-    def denoiser(
-        self,
-        y: Tensor,
-        mask: Tensor | None = None,
-        *,
-        fps: Tensor,
-        height: Tensor | float,
-        width: Tensor | float,
-        **ignored: Any,
-    ) -> Velocity:
-        """A function (x, timestep, x_mask=None) -> velocity for one sampling run, with all that is constant done once:
-        text keys and values, text lengths and the picture size on the host. Variance channels are not computed."""
-        text = self.prepare_text(y, mask)
-        size = {"height": first(height), "width": first(width)}
-
-        def velocity(x: Tensor, timestep: Tensor, x_mask: Tensor | None = None) -> Tensor:
-            return self(x, timestep, text, x_mask=x_mask, fps=fps, velocity_only=True, **size)
-
-        return velocity
+    def constants(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        clip = {name: arguments.get(name) for name in ("fps", "height", "width")}
+        self.require(clip)
+        return {**clip, "height": first(clip["height"]), "width": first(clip["width"])}
 
     def text_readers(self) -> list[CrossAttention]:
         pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)

@@ -163,6 +163,18 @@ def test_prepared_text_serves_conditional_and_null_captions_at_once():
         torch.testing.assert_close(out[rows], model(**(inputs | {"y": y})), atol=1e-5, rtol=1e-5)
 
 
+def test_denoiser_gives_the_noise_of_a_forward_and_the_variance_where_asked():
+    model, inputs = tiny_model(), tiny_inputs()
+    assert model.takes_frame_mask
+    expected = model(**inputs, x_mask=MASK)
+    for with_variance, channels in ((False, 3), (True, 6)):
+        denoise = model.denoiser(inputs["y"], inputs["mask"], with_variance=with_variance, **clip_of(inputs))
+        out = denoise(inputs["x"], inputs["timestep"], MASK)
+        torch.testing.assert_close(out, expected[:, :channels], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"are required, got no height, width, ar, fps$"):
+        model.denoiser(inputs["y"], num_frames=inputs["num_frames"])
+
+
 def test_bf16_weights_and_autocast_stay_near_fp32():
     inputs = tiny_inputs() | {"x_mask": MASK}
     expected = tiny_model()(**inputs)

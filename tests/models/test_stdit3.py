@@ -67,10 +67,10 @@ def test_output_has_the_latents_size_whatever_the_patches(size):
     assert out.isfinite().all()
 
 
-def test_velocity_only_returns_the_first_half_of_the_output():
+def test_without_variance_the_first_half_of_the_output_is_returned():
     model, inputs = tiny_model(), tiny_inputs()
     # The same dot products in a smaller matrix: equal up to the order of 48 sums.
-    torch.testing.assert_close(model(**inputs, velocity_only=True), model(**inputs)[:, :3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(**inputs, with_variance=False), model(**inputs)[:, :3], atol=1e-5, rtol=1e-5)
 
 
 def test_prepared_text_gives_the_same_numbers_as_plain_text():
@@ -243,7 +243,7 @@ def test_sampling_first_does_not_break_training_after():
 
 def test_missing_sizes_and_unfit_masks_are_refused():
     model, inputs = tiny_model(), tiny_inputs()
-    with pytest.raises(ValueError, match="fps, height and width are required"):
+    with pytest.raises(ValueError, match="fps, height, width are required, got no fps"):
         model(**(inputs | {"fps": None}))
     with pytest.raises(ValueError, match="mask must have shape"):
         model(**(inputs | {"mask": torch.ones(2, 5)}))

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.config import STDiT2Config, STDiT3Config
+from opensora.config import STDiT2Config, STDiT3Config, STDiTConfig
+from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
 from tests.oracles.registry import Case, Check, adapter
@@ -44,6 +45,16 @@ def stdit3(case: Case) -> Iterator[Check]:
 @adapter("stdit2_")
 def stdit2(case: Case) -> Iterator[Check]:
     model = STDiT2(STDiT2Config(**case.config["config"])).eval()
+    model.load_state_dict(case.weights)
+    yield Check("out", model(**case.inputs), case.outputs["out"], max_abs=FORWARD_LIMIT)
+
+
+@adapter("stdit_")
+def stdit(case: Case) -> Iterator[Check]:
+    model = STDiT(STDiTConfig(**case.config["config"])).eval()
+    for name in ("pos_embed", "pos_embed_temporal"):
+        # Both are fp32 roundings of values in [-1, 1] that fp64 gives.
+        yield Check(name, getattr(model, name), case.weights[name], max_abs=2**-23)
     model.load_state_dict(case.weights)
     yield Check("out", model(**case.inputs), case.outputs["out"], max_abs=FORWARD_LIMIT)
 
