@@ -1,4 +1,4 @@
-"""The full-size models of Open-Sora 1.0, 1.1 and 1.2 on a CPU, with random weights: `python -m tests.full_size`.
+"""Full-size models on a CPU, with random weights: `python -m tests.full_size [NAME]`, or all of them.
 
 Writes a sharded checkpoint of each, loads it in a fresh process, runs one forward on a small clip and prints seconds
 and peak memory. Random weights tell nothing about pictures, but everything about shapes, keys, time and memory.
@@ -10,36 +10,32 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opensora.checkpoints import load_model, save_model
-from opensora.config import STDiT3Config, VideoVAEConfig
+from opensora.config import LatteT2VConfig, STDiT3Config, VideoVAEConfig
+from opensora.models.latte import LatteT2V
 from opensora.models.stdit import STDiT
 from opensora.models.stdit2 import STDiT2
 from opensora.models.stdit3 import STDiT3
-from opensora.presets import open_sora_v1_0, open_sora_v1_1, tiny
+from opensora.presets import open_sora_plan_v1_0, open_sora_v1_0, open_sora_v1_1, tiny
 from opensora.sampling.stages import StageMeter
 from opensora.vae import VideoVAE
 
-TRANSFORMERS = {
-    "stdit": (STDiT, open_sora_v1_0.transformer("16x256x256")),
-    "stdit2": (STDiT2, open_sora_v1_1.transformer()),
-    "transformer": (STDiT3, STDiT3Config()),
-}
-MODELS = TRANSFORMERS | {"vae": (VideoVAE, VideoVAEConfig())}
 SHARD_BYTES = 500 << 20
 
 
 def write_checkpoint(name: str, folder: Path) -> None:
     """A sharded bf16 checkpoint of the released size; weights small enough for activations to stay finite."""
-    model_type, config = MODELS[name]
+    case = MODELS[name]
     with torch.device("meta"):
-        model = model_type(config)
+        model = case.model_type(case.config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     tile = torch.randn(1 << 20, generator=generator).mul_(0.02).to(torch.bfloat16)
@@ -48,21 +44,21 @@ def write_checkpoint(name: str, folder: Path) -> None:
         for start in range(0, flat.numel(), tile.numel()):  # a billion normal numbers would take half a minute
             part = flat[start : start + tile.numel()]
             part.copy_(tile[: part.numel()])
-    save_model(folder, model, config, max_shard_bytes=SHARD_BYTES)
+    save_model(folder, model, case.config, max_shard_bytes=SHARD_BYTES)
 
 
 @torch.no_grad()
 def run(name: str, folder: Path) -> dict[str, float]:
     """Load and run in this process: weights and peak growth of memory in bytes, seconds of loading and of a forward."""
-    model_type, config = MODELS[name]
+    case = MODELS[name]
     meter = StageMeter(torch.device("cpu"))
-    model_type(_smallest(config))  # imports happen here, outside what is measured
+    case.model_type(case.smallest)  # imports happen here, outside what is measured
     with meter.stage("start"):
         pass
     with meter.stage("load"):
-        model = load_model(folder, model_type, type(config))
+        model = load_model(folder, case.model_type, type(case.config))
     with meter.stage("forward"):
-        output = _transformer_forward(model) if name in TRANSFORMERS else _vae_forward(model)
+        output = case.forward(model)
     assert output.isfinite().all()
     costs = meter.costs
     return {
@@ -73,13 +69,7 @@ def run(name: str, folder: Path) -> dict[str, float]:
     }
 
 
-def _smallest(config: Any) -> Any:
-    if isinstance(config, VideoVAEConfig):
-        return tiny.vae()
-    return replace(config, hidden_size=48, depth=1, num_heads=1, caption_channels=8, model_max_length=4)
-
-
-def _transformer_forward(model: nn.Module) -> torch.Tensor:
+def _stdit_forward(model: nn.Module) -> Tensor:
     """5 x 8 x 8 latents: 17 frames of 64 x 64 pixels, conditional and unconditional."""
     bf16 = torch.bfloat16
     length = model.config.model_max_length
@@ -90,10 +80,45 @@ def _transformer_forward(model: nn.Module) -> torch.Tensor:
     return model(x, timestep, y, mask=mask, **{name: torch.full((2,), each) for name, each in clip.items()})
 
 
-def _vae_forward(model: VideoVAE) -> torch.Tensor:
+def _vae_forward(model: VideoVAE) -> Tensor:
     """17 frames of 64 x 64 pixels, encoded and decoded."""
     x = torch.rand(1, 3, 17, 64, 64, dtype=torch.bfloat16) * 2 - 1
     return model.decode(model.encode(x, sample_posterior=False), 17)
+
+
+def _latte_forward(model: LatteT2V) -> Tensor:
+    """5 x 16 x 16 latents: 17 frames of 128 x 128 pixels, conditional and unconditional."""
+    x, y = torch.randn(1, 4, 5, 16, 16), torch.randn(2, 1, 300, 4096, dtype=torch.bfloat16)
+    return model.denoiser(y)(x, torch.tensor([500]))
+
+
+@dataclass(frozen=True)
+class FullSize:
+    """A model, its configuration as released and a small one, and a forward on a small clip."""
+
+    model_type: type[nn.Module]
+    config: Any
+    smallest: Any
+    forward: Callable[[Any], Tensor]
+
+
+def _stdit(model_type: type[nn.Module], config: Any) -> FullSize:
+    small = replace(config, hidden_size=48, depth=1, num_heads=1, caption_channels=8, model_max_length=4)
+    return FullSize(model_type, config, small, _stdit_forward)
+
+
+def _latte(config: LatteT2VConfig) -> FullSize:
+    small = {"num_attention_heads": 1, "attention_head_dim": 16, "cross_attention_dim": 16, "num_layers": 1}
+    return FullSize(LatteT2V, config, replace(config, **small, caption_channels=8), _latte_forward)
+
+
+MODELS = {
+    "stdit": _stdit(STDiT, open_sora_v1_0.transformer("16x256x256")),
+    "stdit2": _stdit(STDiT2, open_sora_v1_1.transformer()),
+    "transformer": _stdit(STDiT3, STDiT3Config()),
+    "vae": FullSize(VideoVAE, VideoVAEConfig(), tiny.vae(), _vae_forward),
+    "latte": _latte(open_sora_plan_v1_0.transformer("17x256x256")),
+}
 
 
 def measure(name: str) -> dict[str, float]:
@@ -108,7 +133,7 @@ def main() -> None:
     if len(sys.argv) == 3:
         print(json.dumps(run(sys.argv[1], Path(sys.argv[2]))))
         return
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         figures = measure(name)
         growth = figures["load_growth_bytes"] / figures["weight_bytes"]
         print(

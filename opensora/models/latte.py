@@ -8,16 +8,15 @@ L tokens, D hidden size, R rows of text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.config import LatteT2VConfig
-from opensora.models.base import VideoTransformer
+from opensora.models.base import Denoiser, VideoTransformer
 from opensora.models.latte_checks import check_batch, check_captions, check_clip, check_config
 from opensora.models.latte_layers import (
     CaptionProjection,
@@ -40,9 +39,6 @@ class LatteT2V(VideoTransformer):
     `config` carries upstream's constructor arguments and the release; state-dict keys and shapes are upstream's. Works
     in fp32, with bf16 weights, and under autocast; the output is always fp32.
     """
-
-    # Clips are made from nothing: no frame can be given.
-    takes_frame_mask: ClassVar[bool] = False
 
     def __init__(self, config: LatteT2VConfig | None = None) -> None:
         super().__init__()
@@ -182,7 +178,7 @@ class LatteT2V(VideoTransformer):
 
     def denoiser(
         self, y: Tensor, mask: Tensor | None = None, *, with_variance: bool = False, **ignored: Any
-    ) -> Callable[..., Tensor]:
+    ) -> Denoiser:
         """A function (x, timestep, x_mask=None) -> noise for one sampling run, with all that is constant done once.
 
         Shapes: y (R, 1, L, caption_channels) with mask (rows dividing R, L); x (B, C, T, H, W), timestep (B,), R a
