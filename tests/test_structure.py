@@ -29,6 +29,7 @@ _BELOW = _FILES | _CHECKPOINTS | _LEAF_ROOMS | _BESIDE_THEM
 _MODELS = {
     "family_models": {"config", "config_files", "families", "models", "placements", "vae"},
     "inspection": {"config_files", "families", "family_models", "weight_files"},
+    "adaptation": {"config", "config_files", "families", "models", "placements", "presets"},
 }
 _JOINTS = {
     "sampling": {"config", "conditioning", "data", "text"},
