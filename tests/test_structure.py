@@ -30,6 +30,7 @@ _MODELS = {
     "family_models": {"config", "config_files", "families", "models", "placements", "vae"},
     "inspection": {"config_files", "families", "family_models", "weight_files"},
     "adaptation": {"config", "config_files", "families", "models", "placements", "presets"},
+    "conversion": {*_FILES, *_CHECKPOINTS, "adaptation", "families", "family_models", "inspection", "placements"},
 }
 _JOINTS = {
     "sampling": {"config", "conditioning", "data", "text"},
