@@ -18,6 +18,7 @@ class ConfigError(ValueError):
 # In released files, and without effect here: kernels are chosen per call, parallelism when a model is wrapped.
 _RELEASED_ONLY = {
     "architectures",
+    "auto_map",
     "config_type",
     "dtype",
     "enable_flash_attn",

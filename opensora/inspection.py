@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -42,14 +43,23 @@ class Part:
 def inspect(path: str | Path) -> list[Part]:
     """The models in a file, or in a folder and its folders, two deep.
 
-    Errors: CheckpointError for what is no checkpoint, or a damaged one.
+    Of several, one that cannot be read says why in its `fit`. Errors: CheckpointError for what is no checkpoint, or a
+    damaged one.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError(f"{path}: is no file or folder")
-    parts = [_inspect_one(location) for location in _locations(path)]
+    parts, errors = [], []
+    for location in _locations(path):
+        try:
+            parts.append(_inspect_one(location))
+        except CheckpointError as error:
+            errors.append(error)
+            parts.append(Part(location, None, "", 0, 0, {}, {}, fit=Fit(why_not=str(error))))
     if not parts:
         raise CheckpointError(f"{path}: is no checkpoint: no weights in it, nor in its folders")
+    if len(errors) == len(parts):
+        raise errors[0]
     return parts
 
 
@@ -83,7 +93,7 @@ def _inspect_one(location: Path) -> Part:
         family=family,
         entry=files[0].entry,
         num_tensors=len(shapes),
-        num_values=sum(_num_values(shape) for shape in shapes.values()),
+        num_values=sum(math.prod(shape) for shape in shapes.values()),
         dtypes=dict(dtypes.most_common()),
         files={file.path.name: file.path.stat().st_size for file in files},
         config=config,
@@ -121,10 +131,3 @@ def config_beside(location: Path, family: Family | None) -> dict[str, Any] | Non
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold an object, got {type(content).__name__}")
     return None if location.is_file() and family is not None and named_in(content) != family else content
-
-
-def _num_values(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

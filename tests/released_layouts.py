@@ -98,7 +98,7 @@ def write_hub_folder(folder: Path, name: str, config: object, state: dict[str, T
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    content = {"architectures": [name], "model_type": name, "torch_dtype": "float32", **asdict(config)}
+    content = {"architectures": [name], "model_type": name, "auto_map": {}, "torch_dtype": "float32", **asdict(config)}
     (folder / "config.json").write_text(json.dumps(content))
     save_file(state, folder / "model.safetensors")
 

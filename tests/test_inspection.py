@@ -127,6 +127,15 @@ def test_unknown_keys_and_untold_configurations_are_said(tmp_path, capsys):
     )
 
 
+def test_a_damaged_part_does_not_hide_the_others(tmp_path, capsys):
+    torch.save(pixart_state(), tmp_path / "PixArt.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10")
+    lines = said(tmp_path, capsys)
+    assert lines[0].endswith("PixArt.pth: PixArt of PixArt-alpha or PixArt-Sigma, for images")
+    assert lines[-2].endswith("cut.safetensors: not recognised")
+    assert "  error       " in lines[-1]
+
+
 def test_what_is_no_checkpoint_is_one_line_and_status_2(tmp_path, capsys):
     assert "absent: is no file or folder" in refused(tmp_path / "absent", capsys)
     assert "is no checkpoint: no weights in it" in refused(tmp_path, capsys)

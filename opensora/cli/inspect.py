@@ -38,6 +38,9 @@ def _print_part(part: Part, root: Path) -> None:
     print(f"{place}: {part.family or 'not recognised'}")
     for name, size in part.files.items():
         print(f"  file        {name}, {_size(size)}")
+    if not part.num_tensors:
+        print(f"  error       {part.fit.why_not}")
+        return
     dtypes = ", ".join(f"{name} ({count})" for name, count in part.dtypes.items())
     print(f"  tensors     {part.num_tensors:,} with {part.num_values:,} values: {dtypes}")
     if part.fit.num_parameters is not None:
