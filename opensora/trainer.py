@@ -149,7 +149,9 @@ class _FlowTask:
 
     def sample(self, folder: Path, step: int) -> dict[str, float]:
         """One row of frames for each of `sample_prompts`, the same noise every time."""
-        sampler = Sampler(self.vae, self.transformer, self.text, flow=self.config.flow, defaults=self.config.sample)
+        sampler = Sampler(
+            self.vae, self.transformer, self.text, scheduler=self.config.flow, defaults=self.config.sample
+        )
         clips = sampler.sample(self.config.sample_prompts)
         write_contact_sheet(folder / f"step-{step:08d}.png", [clip.frames for clip in clips])
         return {"seconds_per_sample": sum(cost.seconds for cost in sampler.costs.values()) / len(clips)}

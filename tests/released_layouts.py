@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from opensora.config import STDiT2Config, STDiT3Config, STDiTConfig
+from opensora.presets import open_sora_plan_v1_1
 
 _SIZE = {
     "in_channels": 3,
@@ -23,6 +24,9 @@ _SIZE = {
 STDIT = STDiTConfig(input_size=(16, 32, 32), space_scale=0.5, **_SIZE)
 STDIT2 = STDiT2Config(input_sq_size=512, qk_norm=True, qk_norm_legacy=True, **_SIZE)
 STDIT3 = STDiT3Config(**_SIZE)
+CAUSAL_VAE = replace(
+    open_sora_plan_v1_1.vae(), hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, embed_dim=3
+)
 VAE_2D = {
     "down_block_types": ["DownEncoderBlock2D"],
     "up_block_types": ["UpDecoderBlock2D"],

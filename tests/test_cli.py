@@ -91,6 +91,46 @@ def test_prompts_as_file_names_skip_what_exists(models, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_an_interrupted_batch_goes_on_where_it_stopped(models, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na blue square\na green triangle\n")
+    common = [
+        "sample",
+        *models,
+        "--prompt-path",
+        str(file),
+        "--contact-sheet",
+        "no",
+        "--save-dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(common) == 0
+    finished = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "sample_0001.mp4").unlink()
+    capsys.readouterr()
+    assert main([*common, "--resume", "yes"]) == 0
+    printed = capsys.readouterr().out
+    assert "sample_0001.mp4" in printed
+    assert "sample_0000.mp4" not in printed
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == finished
+
+
+def test_texts_are_kept_in_a_folder_and_models_leave_the_device(models, tmp_path):
+    common = ["sample", *models, "--prompt", "a red circle", "--contact-sheet", "no", "--offload", "yes"]
+    cache = tmp_path / "texts"
+    for name in ("first", "again"):
+        assert main([*common, "--text-cache", str(cache), "-o", str(tmp_path / f"{name}.mp4")]) == 0
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+    assert (tmp_path / "first.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
+
+
+def test_a_way_of_sampling_that_the_model_was_not_trained_for_is_refused(models, tmp_path, capsys):
+    line = refused(
+        capsys, "sample", *models, "--prompt", "a circle", "--sample-method", "PNDM", "-o", str(tmp_path / "a.mp4")
+    )
+    assert "sample_method: must be one of rflow for tiny, got 'PNDM'" in line
+
+
 def test_a_bad_line_of_a_prompt_file_is_named_before_any_work(models, tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_text('a red circle\n\na blue square {"reference_path": 7}\n')

@@ -11,21 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.oracles.__main__ import find_cases, load_adapters, main, replay
-from tests.oracles.registry import Case, find_adapter
+from tests.oracles.registry import Case
 
 COMMITTED = Path(__file__).parent / "oracles" / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "oracles"
 ALL = SHARED / "open-sora"
 SIZE_LIMIT = 8_000_000
-# Cases about Open-Sora 1.0, and the sampler of 1.0 and 1.1, which this version does not hold.
-OTHER_RELEASES = ("stdit_", "iddpm_", "dpms_")
-# Of Open-Sora-Plan, this version holds the video VAEs and the diffusion transformer.
-PLAN = ("vae-blocks", "vae-v", "tail-init", "latte-", "position-tables")
+# Of Open-Sora-Plan, cases that train, evaluate or load data wait.
+LATER = ("vae-loss-", "discriminators-", "dataset-logic", "sequence-parallel-comm", "eval-metrics")
 
 committed_cases = find_cases(COMMITTED)
 committed_names = {case.name for case in committed_cases}
 other_cases = [case for case in find_cases(ALL) if case.name not in committed_names]
-plan_cases = [case for case in find_cases(SHARED / "open-sora-plan") if case.name.startswith(PLAN)]
+plan_cases = [case for case in find_cases(SHARED / "open-sora-plan") if not case.name.startswith(LATER)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,8 +47,6 @@ def test_a_committed_answer_is_reproduced(case: Case):
 def test_every_other_answer_is_reproduced(case: Case | None):
     if case is None:
         pytest.skip("the full set is not at hand: no folder ../shared/oracles/open-sora beside this checkout")
-    if find_adapter(case.name) is None and case.name.startswith(OTHER_RELEASES):
-        pytest.skip("Open-Sora 1.0 and the sampler of 1.1 are not in this version")
     assert_replays(case)
 
 

@@ -31,6 +31,7 @@ LAST_CHECK = {
     "sample": "opensora.cli.sample._load",
     "train": "opensora.cli.train._train",
     "train-vae": "opensora.cli.train_vae._train",
+    "convert": "opensora.checkpoints.resolve",
     "pack": "opensora.cli.pack._stage",
     "make-tiny-data": "opensora.data.tiny_dataset.make_tiny_dataset",
 }

@@ -35,7 +35,7 @@ def sampler(models) -> Sampler:
     loaded = Sampler.from_preset(
         "tiny", vae=models / "vae", transformer=models / "transformer", text_encoder=models / "text_encoder"
     )
-    return Sampler(loaded.vae, loaded.transformer, loaded.text_encoder, flow=FLOW, defaults=SAMPLE)
+    return Sampler(loaded.vae, loaded.transformer, loaded.text_encoder, scheduler=FLOW, defaults=SAMPLE)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_one_frame_is_an_image(sampler, tmp_path):
 
 
 def test_guidance_of_one_needs_no_null_caption_and_a_negative_prompt_changes_the_clip(sampler):
-    plain = one(sampler.sample("a red circle", flow=replace(FLOW, cfg_scale=1.0)))
+    plain = one(sampler.sample("a red circle", scheduler=replace(FLOW, cfg_scale=1.0)))
     guided = one(sampler.sample("a red circle"))
     negative = one(sampler.sample("a red circle", replace(SAMPLE, negative_prompt="a blue square moving down")))
     assert not torch.equal(plain.frames, guided.frames)
@@ -133,7 +133,7 @@ def test_bf16_models_with_the_timestep_transform_sample_too(models):
         config=replace(SAMPLE, dtype="bf16", loop=2),
     )
     assert loaded.dtype == torch.bfloat16
-    clip = one(loaded.sample("a red circle", flow=replace(FLOW, use_timestep_transform=True)))
+    clip = one(loaded.sample("a red circle", scheduler=replace(FLOW, use_timestep_transform=True)))
     assert clip.frames.shape[0] == 17 + 16
 
 
@@ -202,7 +202,9 @@ def test_sizes_follow_names_and_impossible_ones_are_refused(sampler):
     with pytest.raises(ValueError, match="smaller than one latent"):
         sampler.sample("a circle", replace(SAMPLE, image_size=(1, 16)))
     with pytest.raises(ValueError, match="num_frames must be 1 or at least 17"):
-        sampler.sample("a circle", replace(SAMPLE, num_frames="9"), flow=replace(FLOW, use_timestep_transform=True))
+        sampler.sample(
+            "a circle", replace(SAMPLE, num_frames="9"), scheduler=replace(FLOW, use_timestep_transform=True)
+        )
 
 
 def test_presets_are_known_by_name_and_unknown_ones_list_the_known():

@@ -26,14 +26,21 @@ _CHECKPOINTS = {"checkpoints": {"config", "config_files", "families", "placement
 _LEAF_ROOMS = {room: {"config"} for room in ("data", "vae", "text", "models", "schedulers", "conditioning")}
 _BESIDE_THEM = {"training": {"config", "parallel"}, "presets": {"config", "data"}}
 _BELOW = _FILES | _CHECKPOINTS | _LEAF_ROOMS | _BESIDE_THEM
+_MODELS = {
+    "family_models": {"config", "config_files", "families", "models", "placements", "vae"},
+    "inspection": {"config_files", "families", "family_models", "weight_files"},
+    "adaptation": {"config", "config_files", "families", "models", "placements", "presets"},
+    "conversion": {*_FILES, *_CHECKPOINTS, "adaptation", "families", "family_models", "inspection", "placements"},
+}
 _JOINTS = {
-    "sampling": {"config", "conditioning", "data", "text"},
-    "sampler": {*_BELOW, "sampling"},
+    "sampling": {"config", "conditioning", "data", "schedulers", "text"},
+    "loading": {"checkpoints", "config", "models", "parallel", "text", "vae"},
+    "sampler": {*_BELOW, "loading", "sampling"},
     "trainer": {*_BELOW, "sampler"},
     "vae_trainer": {*_BELOW},
     "reconstruction": {"checkpoints", "config", "config_files", "vae", "video"},
 }
-_INSIDE = _BELOW | _JOINTS
+_INSIDE = _BELOW | _MODELS | _JOINTS
 ROOMS: dict[str, set[str]] = _INSIDE | {"cli": {*_INSIDE}, "__main__": {"cli"}, "__init__": set()}
 # The data set of the embedded model writes video as well as reading it.
 EXCEPTIONS = {("opensora/data/tiny_dataset.py", "video")}

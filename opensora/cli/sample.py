@@ -8,12 +8,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from opensora import presets
 from opensora.cli import CommandError
 from opensora.cli.options import OrNone, Parser, early_option
-from opensora.config import Precision, Preset, RectifiedFlowConfig, SampleConfig
+from opensora.config import (
+    DiffusersSamplerConfig,
+    DPMSolverConfig,
+    IDDPMConfig,
+    Precision,
+    Preset,
+    RectifiedFlowConfig,
+    SampleConfig,
+    SampleMethod,
+    SchedulerConfig,
+)
 
 if TYPE_CHECKING:
     from opensora.sampler import Clip, OnProgress, Plan, Sampler
@@ -23,20 +33,22 @@ MAX_SHEET_ROWS = 16
 
 
 def run(arguments: Sequence[str]) -> int:
+    from opensora.sampling.guides import Guide
     from opensora.sampling.requests import clip_size, read_requests
 
     preset = presets.get(early_option(arguments, "--preset", presets.names()[0]))
     options = _parser(preset).parse(arguments)
-    config, flow = _configs(preset, options)
+    config, scheduler = _configs(preset, options)
     prompts = _read_prompts(options)
     outputs = _Outputs(options, config, num_clips=len(prompts.texts) * config.num_sample)
     conditions = {"reference_paths": options["reference_path"], "mask_strategies": options["mask_strategy"]}
     conditions["first_index"] = prompts.first_index
+    conditions["guides"] = [Guide(**{item.name: options[item.name] for item in fields(Guide)})]
     with _places(prompts):
         clip_size(config)
         read_requests(prompts.texts, config, **conditions)  # what is wrong already shows before the models are loaded
         sampler, load_cost = _load(preset, options, config)
-        plan = sampler.plan(prompts.texts, config, flow=flow, **conditions)
+        plan = sampler.plan(prompts.texts, config, scheduler=scheduler, **conditions)
     with _progress_bar() as on_progress:
         try:
             for clip in sampler.run(outputs.without_existing(plan), on_progress=on_progress):
@@ -50,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser(preset: Preset) -> Parser:
-    sample, flow = preset.sample, preset.flow
+    sample, scheduler = preset.sample, preset.scheduler
     parser = Parser("sample", "Make images and videos from text, and from images and videos to go on from.")
     add = parser.add_argument
     add("--preset", type=str, default=preset.name, help=f"one of {', '.join(presets.names())}")
@@ -78,6 +90,14 @@ def _parser(preset: Preset) -> Parser:
     add("--save-fps", type=OrNone(float), default=sample.save_fps, help="of the file; default fps // frame interval")
     add("--frame-interval", type=int, default=sample.frame_interval)
 
+    begin = "an image that is the first frame, or a video to go on from"
+    add("--start", type=str, default="", help=begin)
+    add("--end", type=str, default="", help="an image that is the last frame, or a video to lead up to")
+    add("--edit", type=str, default="", help="a video (for an image: an image) to make a changed copy of")
+    add("--edit-ratio", type=float, help="0 changes nothing, 1 everything; default: 0.7, with a region 1")
+    region = "top,left,height,width in pixels, or a picture or video that is bright where to edit; the rest stays"
+    add("--edit-region", type=str, default="", help=region)
+    add("--join-given", type=bool, default=sample.join_given, help="put the videos of --start and --end into the file")
     add("--reference-path", type=str, nargs="+", help="images or videos, joined by ';': one list, or one per prompt")
     strategy = "loop,reference,reference start,target start,length,edit ratio; latent frames; joined by ';'"
     add("--mask-strategy", type=str, nargs="+", help=strategy)
@@ -86,8 +106,10 @@ def _parser(preset: Preset) -> Parser:
     add("--condition-frame-edit", type=float, default=sample.condition_frame_edit, help="0 keeps them, 1 makes new")
     add("--align", type=OrNone(int), default=sample.align, help="latent frames that starts are rounded to")
 
-    add("--num-sampling-steps", type=int, default=flow.num_sampling_steps)
-    add("--cfg-scale", type=float, default=flow.cfg_scale, help="how closely to follow the prompt; 1: no guidance")
+    methods = _methods(preset)
+    add("--sample-method", type=str, default=methods[0], help=f"one of {', '.join(methods)}")
+    add("--num-sampling-steps", type=int, default=scheduler.num_sampling_steps)
+    add("--cfg-scale", type=float, default=scheduler.cfg_scale, help="how closely to follow the prompt; 1: no guidance")
     add("--num-sample", type=int, default=sample.num_sample, help="clips of each prompt")
     add("--batch-size", type=int, default=sample.batch_size, help="clips made at a time")
     add("--seed", type=int, default=sample.seed, help="of the first clip; clip n takes seed + n")
@@ -96,17 +118,20 @@ def _parser(preset: Preset) -> Parser:
     memory = 'what decoding may take beyond latents and weights, as "10GiB"; default: all frames at once'
     add("--vae-memory", type=OrNone(str), default=sample.vae_memory, help=memory)
     add("--device", type=str, default=sample.device, help="auto, cpu, cuda, npu, ...")
+    add("--offload", type=bool, default=False, help="each model is on the device only while it works")
+    add("--text-cache", type=OrNone(str), help="a folder for embeddings; the encoder is loaded for new texts alone")
 
     add("-o", "--output", type=str, help="file for a single clip: .mp4, .gif, or .png for an image")
     add("--save-dir", type=str, default="samples", help="folder for the clips when there is no --output")
     add("--sample-name", type=str, default="sample", help="what file names in the folder begin with")
     add("--prompt-as-path", type=bool, default=False, help="name files by their prompts and skip those that exist")
+    add("--resume", type=bool, default=False, help="skip clips whose files exist: go on after an interruption")
     add("--contact-sheet", type=bool, default=True, help="write a picture of frames of the videos beside them")
     return parser
 
 
-def _configs(preset: Preset, options: dict[str, Any]) -> tuple[SampleConfig, RectifiedFlowConfig]:
-    values = {item.name: options[item.name] for item in fields(SampleConfig)}
+def _configs(preset: Preset, options: dict[str, Any]) -> tuple[SampleConfig, SchedulerConfig]:
+    values = {item.name: options.get(item.name, getattr(preset.sample, item.name)) for item in fields(SampleConfig)}
     values["image_size"] = tuple(values["image_size"]) if values["image_size"] is not None else None
     config = SampleConfig(**values)
     sized_by_name = (config.resolution, config.aspect_ratio) != (preset.sample.resolution, preset.sample.aspect_ratio)
@@ -115,7 +140,30 @@ def _configs(preset: Preset, options: dict[str, Any]) -> tuple[SampleConfig, Rec
     steps = options["num_sampling_steps"]
     if steps < 1:
         raise CommandError(f"num_sampling_steps: must be at least 1, got {steps}")
-    return config, replace(preset.flow, num_sampling_steps=steps, cfg_scale=options["cfg_scale"])
+    method, methods = options["sample_method"], _methods(preset)
+    if method not in methods:
+        raise CommandError(f"sample_method: must be one of {', '.join(methods)} for {preset.name}, got {method!r}")
+    scheduler = preset.scheduler if method == methods[0] else _NOISE_METHODS[method]
+    return config, replace(scheduler, num_sampling_steps=steps, cfg_scale=options["cfg_scale"])
+
+
+_NOISE_METHODS: dict[str, SchedulerConfig] = {
+    "iddpm": IDDPMConfig(),
+    "ddim": IDDPMConfig(sampler="ddim"),
+    "dpm-solver": DPMSolverConfig(),
+} | {name: DiffusersSamplerConfig(sample_method=name) for name in get_args(SampleMethod)}
+"""For models that predict noise. Of the names, capital letters are diffusers', as Open-Sora-Plan spells them."""
+
+
+def _methods(preset: Preset) -> list[str]:
+    """Names of the ways to sample a preset's model, its own first."""
+    scheduler = preset.scheduler
+    if isinstance(scheduler, RectifiedFlowConfig):
+        return ["rflow"]
+    names = list(_NOISE_METHODS)
+    kinds = {IDDPMConfig: "iddpm", DPMSolverConfig: "dpm-solver"}
+    own = scheduler.sample_method if isinstance(scheduler, DiffusersSamplerConfig) else kinds[type(scheduler)]
+    return [own, *(name for name in names if name != own)]
 
 
 @dataclass(frozen=True)
@@ -162,6 +210,8 @@ def _load(preset: Preset, options: dict[str, Any], config: SampleConfig) -> tupl
             transformer=options["checkpoint"],
             text_encoder=options["text_encoder"],
             config=config,
+            offload=options["offload"],
+            text_cache=options["text_cache"],
         )
     return sampler, meter.costs["load"]
 
@@ -196,9 +246,12 @@ class _Outputs:
             raise CommandError(f"output: must end in {', '.join(known)}, got {str(self._file)!r}")
 
     def without_existing(self, plan: Plan) -> Plan:
-        """With --prompt-as-path, prompts whose files are all there are not done again."""
-        if not self._options["prompt_as_path"] or self._file is not None:
+        """With --resume or --prompt-as-path, prompts whose files are all there are not done again."""
+        if not (self._options["resume"] or self._options["prompt_as_path"]):
             return plan
+        if self._file is not None:
+            is_done = self._options["resume"] and self._file.exists()
+            return replace(plan, requests=()) if is_done else plan
         samples = range(self._config.num_sample)
         left = [r for r in plan.requests if not all(self._path(r.prompt, r.index, k).exists() for k in samples)]
         return replace(plan, requests=tuple(left))

@@ -9,18 +9,24 @@ from typing import NamedTuple
 
 
 class PromptParts(NamedTuple):
-    """A prompt without its JSON; `reference_path` and `mask_strategy` are "" where the prompt names none."""
+    """A prompt without its JSON; "" and None where the prompt names none. All but the text are options of a sampler."""
 
     text: str
     reference_path: str = ""
     mask_strategy: str = ""
+    start: str = ""
+    end: str = ""
+    edit: str = ""
+    edit_region: str = ""
+    edit_ratio: float | None = None
+    negative_prompt: str | None = None
 
 
 def split_json(prompt: str) -> PromptParts:
     """Split 'text {"reference_path": ..., "mask_strategy": ...}' at its first brace.
 
-    Errors: ValueError for text that is not one flat JSON object, and for other keys or values that are no strings.
-    Source: Open-Sora v1.2.0, opensora/utils/inference_utils.py.
+    Errors: ValueError for text that is not one flat JSON object, and for other keys or values of another kind.
+    Source: Open-Sora v1.2.0, opensora/utils/inference_utils.py, which knows the first two keys.
     """
     text, brace, rest = prompt.partition("{")
     if not brace:
@@ -35,8 +41,10 @@ def split_json(prompt: str) -> PromptParts:
     for key, value in options.items():
         if key not in known:
             raise ValueError(f"prompt: JSON keys must be among {', '.join(known)}, got {key!r}")
-        if not isinstance(value, str):
-            raise ValueError(f"prompt: {key} must be a string, got {value!r}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number if key == "edit_ratio" else isinstance(value, str)):
+            kind = "number" if key == "edit_ratio" else "string"
+            raise ValueError(f"prompt: {key} must be a {kind}, got {value!r}")
     return PromptParts(text, **options)
 
 

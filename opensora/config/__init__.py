@@ -3,7 +3,7 @@
 Units: frames and pixels unless a name says `latent`; seconds for durations; timesteps from 0 (clean) to 1000 (noise).
 """
 
-from opensora.config.preset import Preset
+from opensora.config.preset import Preset, VAEKind
 from opensora.config.sampling import Precision, SampleConfig
 from opensora.config.schedulers import (
     DiffusersSamplerConfig,
@@ -22,7 +22,13 @@ from opensora.config.training import (
     TrainVAEConfig,
     VAELossConfig,
 )
-from opensora.config.transformers import LatteT2VConfig, STDiT2Config, STDiT3Config, STDiTConfig
+from opensora.config.transformers import (
+    LatteT2VConfig,
+    STDiT2Config,
+    STDiT3Config,
+    STDiTConfig,
+    TransformerConfig,
+)
 from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VideoVAEConfig
 
 __all__ = [
@@ -48,6 +54,8 @@ __all__ = [
     "TemporalVAEConfig",
     "TrainConfig",
     "TrainVAEConfig",
+    "TransformerConfig",
+    "VAEKind",
     "VAELossConfig",
     "VideoVAEConfig",
 ]

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from opensora.config.sampling import SampleConfig
-from opensora.config.schedulers import RectifiedFlowConfig
+from opensora.config.schedulers import RectifiedFlowConfig, SchedulerConfig
 from opensora.config.training import TrainConfig, TrainVAEConfig
+from opensora.config.transformers import STDiT3Config, TransformerConfig
+
+VAEKind = Literal["frames", "stacked", "causal"]
+"""An image VAE for every frame (Open-Sora 1.0, 1.1), 1.2's stacked VAE, Open-Sora-Plan's CausalVideoVAE."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A release: where its weights are (folders or hub ids), what it samples by default, and its training stages."""
+    """A release: where its weights are (folders, files or hub ids), how it samples, and its training stages.
+
+    `transformer_config` says which model it is, and its sizes where the weights come without a config.json.
+    """
 
     name: str
     description: str
     vae: str
     transformer: str
     text_encoder: str
+    vae_kind: VAEKind = "stacked"
+    transformer_config: TransformerConfig = field(default_factory=STDiT3Config)
+    scheduler: SchedulerConfig = field(default_factory=RectifiedFlowConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    flow: RectifiedFlowConfig = field(default_factory=RectifiedFlowConfig)
     training: dict[str, TrainConfig] = field(default_factory=dict)
     vae_training: dict[str, TrainVAEConfig] = field(default_factory=dict)

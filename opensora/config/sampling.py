@@ -15,6 +15,9 @@ class SampleConfig:
     `condition_frame_length` counts latent frames: the overlap of a loop with the one before. `text_dtype` is that of
     the text encoder, `dtype` that of the others. `vae_memory` ("10GiB"): what decoding may take beyond latents and
     weights; None decodes all frames at once.
+
+    `negative_prompt` None is the model's own null caption. `cut_negative` cuts a negative prompt to the tokens of the
+    prompt, as Open-Sora-Plan does. `join_given`: a video that a clip begins or ends with is a part of the result.
     """
 
     num_frames: str = "51"
@@ -34,6 +37,8 @@ class SampleConfig:
     flow: float | None = None
     camera_motion: str | None = None
     negative_prompt: str | None = None
+    cut_negative: bool = False
+    join_given: bool = True
     seed: int = 42
     dtype: Precision = "bf16"
     text_dtype: Precision = "fp32"

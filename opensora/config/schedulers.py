@@ -28,20 +28,24 @@ class RectifiedFlowConfig:
 
 @dataclass(frozen=True)
 class IDDPMConfig:
-    """Improved DDPM with a learned range of variances, as Open-Sora 1.0 and 1.1 train and sample it.
+    """Improved DDPM with a learned range of variances, as Open-Sora 1.0 and 1.1 and Open-Sora-Plan train and sample it.
 
-    `cfg_channel` counts the channels of the output that are guided; None guides all of the predicted noise.
-    `sampler`: "ddpm" draws noise at every step, "ddim" draws `eta` times as much. `is_speed_weighted` is
-    upstream's iddpm-speed, which changes training alone.
+    `timestep_respacing` says which timesteps sampling takes, in place of `num_sampling_steps`: "ddimN" every k-th,
+    "10,15,20" that many of each third, "" all; training takes all. `cfg_channel` counts the channels of the output that
+    are guided; None guides all of the predicted noise. `sampler`: "ddpm" draws noise at every step, "ddim" draws `eta`
+    times as much. `is_speed_weighted` is upstream's iddpm-speed, which changes training alone. `table_dtype`: betas are
+    rounded to float32 in Open-Sora 1.1, and to float64 in Open-Sora 1.0 and Open-Sora-Plan.
     """
 
     num_sampling_steps: int = 100
     num_timesteps: int = 1000
+    timestep_respacing: str | None = None
     cfg_scale: float = 7.0
     cfg_channel: int | None = None
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     eta: float = 0.0
     is_speed_weighted: bool = False
+    table_dtype: Literal["float32", "float64"] = "float32"
 
 
 @dataclass(frozen=True)

@@ -134,3 +134,6 @@ class LatteT2VConfig:
     compress_kv_factor: int = 1
     interpolation_scale_1d: float | None = None
     version: Literal["1.0", "1.1"] = "1.1"
+
+
+TransformerConfig = STDiTConfig | STDiT2Config | STDiT3Config | LatteT2VConfig

@@ -1,11 +1,34 @@
-"""Presets: one module per release, each with `preset()`, `training()` and `vae_training()`."""
+"""Presets: one module per release, with `preset()` and, of those that can be trained, `training()` and the like."""
 
 from __future__ import annotations
 
-from opensora.config import Preset
-from opensora.presets import open_sora_v1_2, tiny
+from collections.abc import Callable
+from functools import partial
 
-_PRESETS = {"tiny": tiny.preset, "open-sora-v1.2": open_sora_v1_2.preset}
+from opensora.config import Preset
+from opensora.presets import (
+    open_sora_plan_v1_0,
+    open_sora_plan_v1_1,
+    open_sora_v1_0,
+    open_sora_v1_1,
+    open_sora_v1_2,
+    tiny,
+)
+
+_PRESETS: dict[str, Callable[[], Preset]] = {
+    "tiny": tiny.preset,
+    "open-sora-v1.2": open_sora_v1_2.preset,
+    "open-sora-v1.1": open_sora_v1_1.preset,
+    "open-sora-v1.0": open_sora_v1_0.preset,
+    "open-sora-v1.0-16x512x512": partial(open_sora_v1_0.preset, "16x512x512"),
+    "open-sora-v1.0-64x512x512": partial(open_sora_v1_0.preset, "64x512x512"),
+    "open-sora-plan-v1.1": open_sora_plan_v1_1.preset,
+    "open-sora-plan-v1.1-221x512x512": partial(open_sora_plan_v1_1.preset, "221x512x512"),
+    "open-sora-plan-v1.1-513x512x512": partial(open_sora_plan_v1_1.preset, "513x512x512"),
+    "open-sora-plan-v1.0": open_sora_plan_v1_0.preset,
+    "open-sora-plan-v1.0-65x256x256": partial(open_sora_plan_v1_0.preset, "65x256x256"),
+    "open-sora-plan-v1.0-17x256x256": partial(open_sora_plan_v1_0.preset, "17x256x256"),
+}
 
 
 def names() -> list[str]:

@@ -33,7 +33,7 @@ def preset() -> Preset:
         transformer=TRANSFORMER,
         text_encoder=TEXT_ENCODER,
         sample=SampleConfig(),
-        flow=RectifiedFlowConfig(),
+        scheduler=RectifiedFlowConfig(),
         training={stage: training(stage) for stage in _STEPS},
         vae_training={stage: vae_training(stage) for stage in _VAE_STEPS},
     )

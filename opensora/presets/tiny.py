@@ -46,7 +46,8 @@ def preset() -> Preset:
         transformer=str(ASSETS / "transformer"),
         text_encoder=str(ASSETS / "text_encoder"),
         sample=sampling(),
-        flow=flow(),
+        scheduler=flow(),
+        transformer_config=transformer(),
         training={"uniform": training_uniform(), "shifted": training_shifted(), "motion": training_motion()},
         vae_training={
             "spatial": vae_training_spatial(),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from opensora.conditioning.masks import parse_mask_strategy
 from opensora.conditioning.prompts import append_scores, merge_loops, prompt_for_loop, split_json, split_loops
 from opensora.config import SampleConfig
 from opensora.data.aspect_ratios import get_image_size, get_num_frames
 from opensora.data.reading import VideoError, probe
+from opensora.sampling.guides import Guide
 from opensora.text.cleaning import clean_caption
 
 CHUNK_FRAMES = 17
@@ -30,13 +32,18 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, ready: `texts` per loop as the text encoder reads them, references as files, and how to use them."""
+    """One prompt, ready: `texts` per loop as the text encoder reads them, references as files, and how to use them.
+
+    negative: what guidance moves away from, as the text encoder reads it; None stands for the model's null caption.
+    """
 
     index: int
     prompt: str
     texts: tuple[str, ...]
     references: tuple[str, ...] = ()
     mask_strategy: str = ""
+    guide: Guide = field(default_factory=Guide)
+    negative: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,14 @@ def read_requests(
     *,
     reference_paths: Sequence[str | None] | None = None,
     mask_strategies: Sequence[str | None] | None = None,
+    guides: Sequence[Guide | None] | None = None,
     first_index: int = 0,
 ) -> list[Request]:
     """Prompts in upstream's order: JSON split, references, loop split, score suffix, cleaning.
 
-    One reference path and mask strategy serve all prompts, or there is one for each; those in a prompt's JSON win. A
-    reference without a strategy gets "0": its first latent frame becomes the clip's first. `first_index` is the number
-    of the first prompt where these are a part of a longer list.
+    One reference path, mask strategy and guide serve all prompts, or there is one for each; those in a prompt's JSON
+    win. A reference without a strategy gets "0": its first latent frame becomes the clip's first. `first_index` is the
+    number of the first prompt where these are a part of a longer list.
     Errors: ValueError for counts that do not match and options out of range; PromptError naming the first prompt that
     is wrong.
     """
@@ -113,26 +121,31 @@ def read_requests(
         raise ValueError(f"seed: must lie in [-2**63, 2**63), got {config.seed}")
     paths = _one_each("reference_path", reference_paths, len(prompts))
     strategies = _one_each("mask_strategy", mask_strategies, len(prompts))
+    each_guide = _one_each("start, end, edit", guides, len(prompts))
     requests = []
-    for index, (prompt, path, strategy) in enumerate(zip(prompts, paths, strategies, strict=True)):
+    for index, (prompt, path, strategy, guide) in enumerate(zip(prompts, paths, strategies, each_guide, strict=True)):
         try:
-            requests.append(_read_request(first_index + index, prompt, path, strategy, config))
+            requests.append(_read_request(first_index + index, prompt, path, strategy, guide or Guide(), config))
         except ValueError as error:
             raise PromptError(index, str(error)) from error
     return requests
 
 
-def _one_each(name: str, values: Sequence[str | None] | None, count: int) -> list[str]:
+def _one_each(name: str, values: Sequence[Any] | None, count: int) -> list[Any]:
     values = [value or "" for value in values or [""]]
     if len(values) not in (1, count):
         raise ValueError(f"{name}: there must be one, or one for each of the {count} prompts, got {len(values)}")
     return values * count if len(values) == 1 else values
 
 
-def _read_request(index: int, prompt: str, path: str, strategy: str, config: SampleConfig) -> Request:
+def _read_request(index: int, prompt: str, path: str, strategy: str, guide: Guide, config: SampleConfig) -> Request:
     parts = split_json(prompt)
+    own = {item.name: getattr(parts, item.name) for item in fields(Guide)}
+    guide = replace(guide, **{name: value for name, value in own.items() if value not in ("", None)})
     references = [name for name in (parts.reference_path or path).split(";") if name]
     strategy = parts.mask_strategy or strategy or ("0" if references else "")
+    if guide and (references or strategy):
+        raise ValueError("start, end, edit: must not be given beside reference_path and mask_strategy")
     for name in references:
         check_reference(name)
     for group in parse_mask_strategy(strategy):
@@ -150,7 +163,9 @@ def _read_request(index: int, prompt: str, path: str, strategy: str, config: Sam
         raise ValueError(f"the text must not be empty, got {prompt!r}")
     merged = merge_loops(texts, starts)
     of_loop = tuple(prompt_for_loop(merged, loop) for loop in range(config.loop))
-    return Request(index, prompt, of_loop, tuple(references), strategy)
+    negative = config.negative_prompt if parts.negative_prompt is None else parts.negative_prompt
+    negative = None if negative is None else clean_caption(negative)
+    return Request(index, prompt, of_loop, tuple(references), strategy, guide, negative)
 
 
 def check_reference(path: str) -> None:

@@ -7,17 +7,27 @@ Axes: B batch, C latent channels, T latent frames, H height, W width, I sampling
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from opensora.config import RectifiedFlowConfig
+from opensora.schedulers.denoising import (
+    Model,
+    Noise,
+    StepCallback,
+    check_inputs,
+    denoiser,
+    guidance_scale,
+    noise_source,
+    per_frame,
+    step_count,
+)
+from opensora.schedulers.regions import KnownRegion, beside_given_frames
 from opensora_kernels import guided_euler_step
 
-Noise = Callable[[Tensor], Tensor]
-StepCallback = Callable[[int, int, Tensor], None]
 SIZE_ARGUMENTS = ("height", "width", "num_frames")
 # Ten steps for each training timestep; a slip of the finger should not fill the memory with a list of times.
 MAX_STEPS = 10_000
@@ -26,8 +36,9 @@ MAX_STEPS = 10_000
 class RectifiedFlow:
     """Training losses and sampling for any model called as model(x, timestep, y=, mask=, x_mask=, **arguments).
 
-    A model with a method `denoiser(y, mask, **arguments)` returning a function (x, timestep, x_mask) -> velocity of
-    2B rows is sampled through it, so that it can do per-prompt work once and both halves of the guided batch share x.
+    A model with a method `denoiser(y, mask, *, with_variance, **arguments)` returning a function (x, timestep, x_mask)
+    -> velocity of 2B rows is sampled through it, so that it can do per-prompt work once and both halves of the guided
+    batch share x.
     """
 
     def __init__(self, config: RectifiedFlowConfig | None = None) -> None:
@@ -36,7 +47,7 @@ class RectifiedFlow:
     @torch.no_grad()
     def sample(
         self,
-        model: nn.Module | Callable[..., Tensor],
+        model: Model,
         z: Tensor,
         y: Tensor,
         null_y: Tensor | None = None,
@@ -44,6 +55,7 @@ class RectifiedFlow:
         *,
         arguments: Mapping[str, Any] | None = None,
         frame_mask: Tensor | None = None,
+        region: KnownRegion | None = None,
         cfg_scale: float | None = None,
         num_sampling_steps: int | None = None,
         generator: Generator | None = None,
@@ -59,20 +71,23 @@ class RectifiedFlow:
         transform height, width (pixels) and num_frames (pixel frames), each (B,); their dtype is the precision of the
         transform, as upstream. Guidance v = v_null + cfg_scale (v_text - v_null); without null_y there is none.
         With a frame mask, noise shaped as z is drawn at every step, needed or not (upstream's random stream);
-        `draw_noise(z)` replaces the draw. `on_step(i, num_steps, z)` is called after each step.
-        Returns (B, C, T, H, W) in fp32. Errors: ValueError for missing arguments or too short a video (see
-        `check_video_length`).
+        `draw_noise(z)` replaces the draw. `region`: latents that are pasted over z, noised to t with the noise of the
+        start, before every step, and clean at the end; it has no say in frames with frame_mask < 1.
+        `on_step(i, num_steps, z)` is called after each step.
+        Returns (B, C, T, H, W) in fp32. Errors: ValueError for tensors that do not fit each other, missing arguments or
+        too short a video (see `check_video_length`).
         """
+        check_inputs(z, y, mask_text, frame_mask, region)
         arguments = dict(arguments or {})
         batch, device = z.shape[0], z.device
-        scale = None if null_y is None else (self.config.cfg_scale if cfg_scale is None else cfg_scale)
+        scale = guidance_scale(null_y, cfg_scale, self.config.cfg_scale)
         timesteps_IB = self.sampling_timesteps(batch, arguments, num_sampling_steps)
         lengths_IB = (timesteps_IB - torch.cat([timesteps_IB[1:], torch.zeros(1, batch)])) / self.config.num_timesteps
         active_IBT = self.active_frames(timesteps_IB, frame_mask)
         generate_BT = None if frame_mask is None else frame_mask.float().cpu() == 1
-        denoise = self._denoiser(model, y, null_y, mask_text, arguments)
-        if draw_noise is None:
-            draw_noise = lambda x: torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator)  # noqa: E731
+        denoise = denoiser(model, y, null_y, mask_text, arguments)
+        draw_noise = noise_source(draw_noise, generator)
+        region, noise_of_start = beside_given_frames(region, z, frame_mask), z
 
         # Everything a step needs crosses to the device here, so that no step waits for it.
         steps = list(zip(timesteps_IB.to(device), lengths_IB.to(device), strict=True))
@@ -85,20 +100,22 @@ class RectifiedFlow:
                 if starting_BT.any():
                     z = torch.where(per_frame(starting_BT.to(device)), self.add_noise(z, noise, t), z)
                 started_BT = started_BT | active_IBT[i]
+            if region is not None:
+                known = self.add_noise(region.latents, noise_of_start, t)
+                z = region.paste(z, known, t / self.config.num_timesteps)
             velocity = denoise(z, t, active[i])
             z = guided_euler_step(z, velocity, dt, guidance_scale=scale, frame_mask=active[i])
             if on_step is not None:
                 on_step(i, len(steps), z)
-        return z.float()
+        z = z.float()
+        return z if region is None else region.paste_clean(z)
 
     def sampling_timesteps(
         self, batch: int, arguments: Mapping[str, Any], num_sampling_steps: int | None = None
     ) -> Tensor:
         """Timesteps of every step and sample, (I, B) fp32 on the CPU, descending. transform_scale plays no part here
         (upstream). Raises ValueError for no steps, or for more than anybody can mean."""
-        count = num_sampling_steps or self.config.num_sampling_steps
-        if not 1 <= count <= MAX_STEPS:
-            raise ValueError(f"num_sampling_steps: must be from 1 to {MAX_STEPS}, got {count}")
+        count = step_count(num_sampling_steps, self.config.num_sampling_steps, most=MAX_STEPS)
         times = [(1.0 - i / count) * self.config.num_timesteps for i in range(count)]
         if self.config.use_discrete_timesteps:
             times = [float(round(t)) for t in times]
@@ -117,7 +134,7 @@ class RectifiedFlow:
 
     def training_losses(
         self,
-        model: nn.Module | Callable[..., Tensor],
+        model: Model,
         x0: Tensor,
         model_kwargs: Mapping[str, Any] | None = None,
         *,
@@ -200,28 +217,6 @@ class RectifiedFlow:
             )
         return [torch.as_tensor(arguments[name], device=device).reshape(-1) for name in SIZE_ARGUMENTS]
 
-    def _denoiser(
-        self,
-        model: nn.Module | Callable[..., Tensor],
-        y: Tensor,
-        null_y: Tensor | None,
-        mask_text: Tensor | None,
-        arguments: dict[str, Any],
-    ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        copies = 1
-        if null_y is not None:
-            y, copies = torch.cat([y, null_y.to(y).expand_as(y)]), 2
-        if hasattr(model, "denoiser"):
-            return model.denoiser(y, mask_text, **arguments)
-        rows = {name: tiled(value, copies) for name, value in arguments.items()}
-        if mask_text is not None:
-            rows["mask"] = mask_text
-
-        def denoise(z: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
-            return model(tiled(z, copies), tiled(t, copies), y=y, x_mask=tiled(x_mask, copies), **rows)
-
-        return denoise
-
 
 def timestep_transform(
     t: Tensor,
@@ -259,15 +254,3 @@ def check_video_length(num_frames: Tensor, min_latent_frames: int = 0) -> None:
             f"per 17), got {shortest}; set min_latent_frames=1 (as an image) or 5 (as 17 frames), or "
             "use_timestep_transform=False"
         )
-
-
-def per_frame(mask_BT: Tensor) -> Tensor:
-    """(B, T) to (B, 1, T, 1, 1)."""
-    return mask_BT[:, None, :, None, None]
-
-
-def tiled(value: Any, copies: int) -> Any:
-    """`copies` repetitions of a tensor along the batch; anything else as it is."""
-    if copies == 1 or not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    return value.repeat(copies, *[1] * (value.ndim - 1))

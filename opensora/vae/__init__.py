@@ -1,7 +1,8 @@
-"""Video VAEs: Open-Sora 1.2's stacked VAE and the losses that train it; Open-Sora-Plan's causal VAE."""
+"""Video VAEs: the image VAE of Open-Sora 1.0 and 1.1, the stacked VAE of 1.2 and its losses, Open-Sora-Plan's."""
 
 from opensora.vae.causal_video import CausalVideoVAE, VAETiling, tail_initialize
 from opensora.vae.distributions import DiagonalGaussian, DrawNoise
+from opensora.vae.frame_vae import FrameVAE
 from opensora.vae.losses import DiscriminatorLoss, GeneratorLoss, VAELoss, VAELossOutput
 from opensora.vae.temporal import TemporalVAE
 from opensora.vae.video_vae import VAEOutput, VideoVAE
@@ -11,6 +12,7 @@ __all__ = [
     "DiagonalGaussian",
     "DiscriminatorLoss",
     "DrawNoise",
+    "FrameVAE",
     "GeneratorLoss",
     "TemporalVAE",
     "VAELoss",

@@ -28,10 +28,19 @@ class SpatialVAE(nn.Module):
         with torch.device("cpu"):  # its modules keep tensors, which a caller's torch.device("meta") would leave empty
             from diffusers import AutoencoderKL  # 2 s of imports that only a model needs
 
-        self.module = AutoencoderKL(**asdict(config))
-        self.micro_batch_size = micro_batch_size
-        self.scaling_factor = config.scaling_factor
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self._hold(AutoencoderKL(**asdict(config)), micro_batch_size, config.scaling_factor)
+
+    @classmethod
+    def of(cls, module: nn.Module, *, micro_batch_size: int | None, scaling_factor: float) -> SpatialVAE:
+        """Around an AutoencoderKL that is there already; its own scaling factor is not asked."""
+        vae = cls.__new__(cls)
+        nn.Module.__init__(vae)
+        vae._hold(module, micro_batch_size, scaling_factor)
+        return vae
+
+    def _hold(self, module: nn.Module, micro_batch_size: int | None, scaling_factor: float) -> None:
+        self.module, self.micro_batch_size, self.scaling_factor = module, micro_batch_size, scaling_factor
+        self.factor = 2 ** (len(module.config.block_out_channels) - 1)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         return height // self.factor, width // self.factor

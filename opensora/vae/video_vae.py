@@ -117,6 +117,29 @@ class VideoVAE(nn.Module):
         num_frames, height, width = size
         return (self._latent_frames(num_frames), *self.spatial_vae.latent_size(height, width))
 
+    @property
+    def space_factor(self) -> int:
+        return self.spatial_vae.factor
+
+    @property
+    def time_factor(self) -> int:
+        return self.temporal_vae.time_factor
+
+    def padded_frames(self, num_frames: int) -> int:
+        """The shortest clip of at least `num_frames` frames that it takes."""
+        return num_frames
+
+    def frames_of(self, num_latents: int) -> int:
+        """Frames that the first `num_latents` latents of a clip stand for.
+
+        Those of whole chunks stand for whole chunks of frames. Of the rest, the first stands for one frame and each
+        further one for `time_factor`.
+        """
+        chunk_frames = self.config.micro_frame_size
+        chunk_latents = num_latents + 1 if chunk_frames is None else self.temporal_vae.latent_frames(chunk_frames)
+        chunks, rest = divmod(num_latents, chunk_latents)
+        return chunks * (chunk_frames or 0) + (1 + self.time_factor * (rest - 1) if rest else 0)
+
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Keep only block inputs for the backward pass and compute the blocks again: less memory, a third more time."""
         self.temporal_vae.encoder.gradient_checkpointing = enabled

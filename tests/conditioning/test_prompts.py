@@ -19,7 +19,7 @@ def test_json_after_the_text_names_references():
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ('a {"foo": 1}', "JSON keys must be among reference_path, mask_strategy, got 'foo'"),
+        ('a {"foo": 1}', "JSON keys must be among reference_path, mask_strategy, start, .*, got 'foo'"),
         ('a {"reference_path": ["x"]}', r"reference_path must be a string, got \['x'\]"),
         ("a {b} {c}", "what follows the first brace must be JSON"),
         ('a {"reference_path": "x"} tail', "what follows the first brace must be JSON"),

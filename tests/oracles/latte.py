@@ -8,32 +8,29 @@ about sqrt(4000) * 2^-24 = 4e-6 of their terms, which the gradient of the weight
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opensora.config import LatteT2VConfig
+from opensora.config import IDDPMConfig, LatteT2VConfig
 from opensora.config_files import config_from_dict
 from opensora.models.latte import LatteT2V
 from opensora.models.latte_positions import LattePositions
 from opensora.models.layers import sinusoid
+from opensora.schedulers import IDDPM
 from tests.oracles.registry import Case, Check, adapter
 
 LIMIT = 5e-5
 MASKED_LIMIT = 5e-4
 GRADIENT_LIMIT = 1e-3
 ROUNDING_OF_A_SUM = 4e-6
-NUM_STEPS = 1000
 
 
 @adapter("latte-")
 def latte(case: Case) -> Iterator[Check]:
-    version = "1.0" if case.name.startswith("latte-v1.0") else "1.1"
-    model = LatteT2V(config_from_dict(LatteT2VConfig, {**case.config["ctor"], "version": version}))
-    model.load_state_dict(case.weights)
+    model = tiny_transformer(case)
     like = torch.empty(0)
     base = model.positions.base_size
     yield Check("buf.pos_embed", model.positions.in_space(base, base, like)[0], case.outputs["buf.pos_embed"], LIMIT)
@@ -46,6 +43,13 @@ def latte(case: Case) -> Iterator[Check]:
         replay = _loss if call["case"] == "loss" else _call
         for check in replay(call, model, inputs, outputs):
             yield Check(f"{call['case']}.{check.tensor}", check.actual, check.expected, check.max_abs)
+
+
+def tiny_transformer(case: Case) -> LatteT2V:
+    version = "1.0" if case.name.startswith("latte-v1.0") else "1.1"
+    model = LatteT2V(config_from_dict(LatteT2VConfig, {**case.config["ctor"], "version": version}))
+    model.load_state_dict(case.weights)
+    return model
 
 
 def _call(
@@ -75,50 +79,14 @@ def _loss(
 
 
 def _training_loss(model: LatteT2V, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t, and for each sample the squared error of the noise and the variational bound in bits, as upstream trains:
-    1000 linear betas and a variance between beta_t and that of the posterior."""
+    """x_t, and for each sample the squared error of the noise and the variational bound in bits."""
+    diffusion = IDDPM(IDDPMConfig(table_dtype="float64"))
     x0, noise, t = inputs["x0"], inputs["noise"], inputs["t"]
-    beta = torch.linspace(1e-4, 2e-2, NUM_STEPS, dtype=torch.float64)
-    kept = (1 - beta).cumprod(0)
-    kept_before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-    posterior_variance = beta * (1 - kept_before) / (1 - kept)
-    posterior_variance[0] = posterior_variance[1]  # step 0 has none
-
-    def at_t(table: Tensor) -> Tensor:
-        return table[t].float().reshape(-1, 1, 1, 1, 1)
-
-    x_t = at_t(kept.sqrt()) * x0 + at_t((1 - kept).sqrt()) * noise
+    x_t = diffusion.training_chain.add_noise(x0, noise, t)
     masks = {name: inputs[name] for name in ("attention_mask", "encoder_attention_mask") if name in inputs}
-    predicted, where = model(x_t, t, inputs["cond"], **masks).chunk(2, dim=1)
-    weight = inputs["attention_mask"].unsqueeze(1) if "attention_mask" in inputs else torch.ones(())
-
-    def mean(x_0: Tensor) -> Tensor:
-        """Of the posterior of the step before t."""
-        return (
-            at_t(beta * kept_before.sqrt() / (1 - kept)) * x_0
-            + at_t((1 - kept_before) * (1 - beta).sqrt() / (1 - kept)) * x_t
-        )
-
-    x0_found = at_t(kept.rsqrt()) * x_t - at_t((1 / kept - 1).sqrt()) * predicted.detach()
-    low, high = at_t(posterior_variance.log()), at_t(beta.log())
-    log_variance = (where + 1) / 2 * high + (1 - where) / 2 * low
-    distance = (mean(x0) - mean(x0_found)).square()
-    divergence = 0.5 * (log_variance - low + torch.exp(low - log_variance) + distance * torch.exp(-log_variance) - 1)
-    surprise = -_log_likelihood_of_pixels(x0, mean(x0_found), 0.5 * log_variance)
-    bound = torch.where(t.reshape(-1, 1, 1, 1, 1) == 0, surprise, divergence) / math.log(2)
-    mse = ((noise - predicted).square() * weight).flatten(1).mean(1)
-    return x_t, mse, (bound * weight).flatten(1).mean(1)
-
-
-def _log_likelihood_of_pixels(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Of x in [-1, 1], rounded to 256 levels, under a normal distribution, with upstream's approximate integral."""
-
-    def integral(z: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-    above, below = (integral((x - mean + side / 255) * torch.exp(-log_scale)) for side in (1, -1))
-    inside = torch.where(x > 0.999, 1 - below, above - below)
-    return torch.where(x < -0.999, above, inside).clamp(min=1e-12).log()
+    output = model(x_t, t, inputs["cond"], **masks)
+    terms = diffusion.loss_terms(output, x0, x_t, noise, t, loss_mask=inputs.get("attention_mask"))
+    return x_t, terms.mse, terms.vb
 
 
 @adapter("position-tables")

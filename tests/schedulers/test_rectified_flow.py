@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opensora.config import RectifiedFlowConfig
 from opensora.schedulers.rectified_flow import RectifiedFlow, timestep_transform
+from opensora.schedulers.regions import KnownRegion
 
 PLAIN = RectifiedFlowConfig(num_sampling_steps=5, use_timestep_transform=False)
 SIZES = {name: torch.tensor([value]) for name, value in (("height", 480.0), ("width", 854.0), ("num_frames", 51.0))}
@@ -136,6 +137,45 @@ def test_videos_too_short_for_the_transform_are_refused_unless_allowed(num_frame
 def test_missing_sizes_are_named():
     with pytest.raises(ValueError, match=r"\['num_frames'\] missing"):
         RectifiedFlow().sampling_timesteps(1, {name: SIZES[name] for name in ("height", "width")})
+
+
+def test_a_known_region_follows_the_time_of_each_clip_and_comes_out_exactly():
+    known, noise, seen = clip(2), clip(1), []
+    model = StraightFlow(clip(0), noise)
+
+    def watched(x: Tensor, t: Tensor, **arguments: object) -> Tensor:
+        seen.append((x, t))
+        return model(x, t, **arguments)
+
+    sizes = SIZES | {"height": torch.tensor([480.0, 144.0]), "num_frames": torch.tensor([51.0, 102.0])}
+    strength = torch.ones(1, 1, 1, 3, 5)
+    strength[..., 0] = 0
+    strength[..., 1] = 0.6
+    flow = RectifiedFlow(RectifiedFlowConfig(num_sampling_steps=7))
+    out = flow.sample(watched, noise, TEXT, arguments=sizes, region=KnownRegion(known, strength))
+    assert torch.equal(out[..., 0], known[..., 0])
+    torch.testing.assert_close(out[..., 2:], clip(0)[..., 2:], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(*seen[3][1])
+    for x, t in seen:
+        expected = flow.add_noise(known, noise, t)
+        for b in range(2):
+            assert torch.equal(x[b, ..., 0], expected[b, ..., 0])
+            assert torch.equal(x[b, ..., 1], expected[b, ..., 1]) == (float(t[b]) > 600)
+
+
+def test_a_region_has_no_say_in_given_frames():
+    known, noise = clip(2), clip(1)
+    frame_mask = torch.tensor([[0.0, 1.0, 0.5]]).repeat(2, 1)
+    whole = KnownRegion(known, torch.zeros(1, 1, 1, 1, 1))
+    z = clip(3)
+    plain = RectifiedFlow(PLAIN).sample(
+        StraightFlow(clip(0), noise), z, TEXT, frame_mask=frame_mask, draw_noise=lambda z: noise
+    )
+    out = RectifiedFlow(PLAIN).sample(
+        StraightFlow(clip(0), noise), z, TEXT, frame_mask=frame_mask, region=whole, draw_noise=lambda z: noise
+    )
+    assert torch.equal(out[:, :, 1], known[:, :, 1])
+    assert torch.equal(out[:, :, ::2], plain[:, :, ::2])
 
 
 def test_images_and_the_reference_size_leave_timesteps_alone():

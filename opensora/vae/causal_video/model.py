@@ -127,6 +127,14 @@ class CausalVideoVAE(nn.Module):
         """(frames, height, width) of the latents of a clip of `size` in frames and pixels; partial ones are dropped."""
         return self.encoder.result_size(size)
 
+    def padded_frames(self, num_frames: int) -> int:
+        """The shortest clip of at least `num_frames` frames that it takes."""
+        return num_frames + (1 - num_frames) % self.time_factor
+
+    def frames_of(self, num_latents: int) -> int:
+        """Frames that the first `num_latents` latents of a clip stand for."""
+        return 1 + self.time_factor * (num_latents - 1)
+
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Keep only block inputs for the backward pass and compute the blocks again: less memory, a third more time."""
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = enabled
