@@ -87,8 +87,8 @@ def _vae_forward(model: VideoVAE) -> Tensor:
 
 
 def _latte_forward(model: LatteT2V) -> Tensor:
-    """5 x 16 x 16 latents: 17 frames of 128 x 128 pixels, conditional and unconditional."""
-    x, y = torch.randn(1, 4, 5, 16, 16), torch.randn(2, 1, 300, 4096, dtype=torch.bfloat16)
+    """5 x 8 x 8 latents: 17 frames of 64 x 64 pixels, conditional and unconditional."""
+    x, y = torch.randn(1, 4, 5, 8, 8), torch.randn(2, 1, 300, 4096, dtype=torch.bfloat16)
     return model.denoiser(y)(x, torch.tensor([500]))
 
 
