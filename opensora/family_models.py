@@ -9,10 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.config import CausalVideoVAEConfig, STDiT2Config, STDiT3Config, STDiTConfig, VideoVAEConfig
+from opensora.config import (
+    CausalVideoVAEConfig,
+    LatteT2VConfig,
+    STDiT2Config,
+    STDiT3Config,
+    STDiTConfig,
+    VideoVAEConfig,
+)
 from opensora.config_files import ConfigError, config_from_dict
 from opensora.families import Family, config_from_shapes
-from opensora.models import STDiT, STDiT2, STDiT3
+from opensora.models import LatteT2V, STDiT, STDiT2, STDiT3
 from opensora.placements import LoadReport, plan
 from opensora.vae import CausalVideoVAE, VideoVAE
 
@@ -21,6 +28,7 @@ OURS: dict[str, tuple[Callable[[Any], nn.Module], type]] = {
     "STDiT": (STDiT, STDiTConfig),
     "STDiT2": (STDiT2, STDiT2Config),
     "STDiT3": (STDiT3, STDiT3Config),
+    "LatteT2V": (LatteT2V, LatteT2VConfig),
     "VideoVAE": (VideoVAE, VideoVAEConfig),
     "CausalVideoVAE": (CausalVideoVAE, CausalVideoVAEConfig),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.checkpoints import load_config, load_model, resolve
+from opensora.checkpoints import CheckpointError, load_config, load_model, resolve
 from opensora.config import (
     CausalVideoVAEConfig,
     LatteT2VConfig,
@@ -81,16 +81,20 @@ def load_transformer(
     """The transformer of `config`'s class. A config.json beside the weights is read; without one `config` holds."""
     location = resolve(source)
     folder = location if location.is_dir() else location.parent
-    if (folder / "config.json").is_file():
-        config = _completed(load_config(location, type(config)), config, folder / "config.json")
-    return load_model(location, TRANSFORMERS[type(config)], type(config), config=config, dtype=dtype, device=device)
+    place = {"dtype": dtype, "device": device}
+    given = _completed(config, folder / "config.json") if (folder / "config.json").is_file() else config
+    return load_model(location, TRANSFORMERS[type(config)], type(config), config=given, **place)
 
 
-def _completed(stored: TransformerConfig, preset: TransformerConfig, path: Path) -> TransformerConfig:
-    """With what released files do not say, and only the preset knows: the version of a LatteT2V."""
-    if isinstance(stored, LatteT2VConfig) and "version" not in json.loads(path.read_text()):
-        return replace(stored, version=preset.version)
-    return stored
+def _completed(preset: TransformerConfig, path: Path) -> TransformerConfig | None:
+    """A stored configuration with what released files do not say, and only the preset knows: the version of a LatteT2V.
+    None where the file says all, or is of something else, of which `load_model` has more to say."""
+    if not isinstance(preset, LatteT2VConfig) or "version" in json.loads(path.read_text()):
+        return None
+    try:
+        return replace(load_config(path.parent, LatteT2VConfig), version=preset.version)
+    except CheckpointError:
+        return None
 
 
 def load_vae(source: str | Path, preset: Preset, *, dtype: torch.dtype, device: torch.device) -> Any:

@@ -19,8 +19,8 @@ def preset(clip: Clip = "65x512x512") -> Preset:
     return Preset(
         name="open-sora-plan-v1.0" if clip == get_args(Clip)[0] else f"open-sora-plan-v1.0-{clip}",
         description=f"Open-Sora-Plan 1.0: images and clips of {num_frames} frames of {height} x {width}",
-        vae=f"{REPOSITORY}/vae",
-        transformer=f"{REPOSITORY}/{clip}",
+        vae=f"{REPOSITORY}:vae",
+        transformer=f"{REPOSITORY}:{clip}",
         text_encoder=TEXT_ENCODER,
         vae_kind="causal",
         transformer_config=transformer(clip),

@@ -22,7 +22,7 @@ def preset(clip: ClipName = "16x256x256") -> Preset:
         name="open-sora-v1.0" if clip == get_args(ClipName)[0] else f"open-sora-v1.0-{clip}",
         description=f"Open-Sora 1.0: {num_frames} frames of {height} x {width}, every third of 24 a second",
         vae=VAE,
-        transformer=f"hpcai-tech/Open-Sora/OpenSora-v1-HQ-{clip}.pth",
+        transformer=f"hpcai-tech/Open-Sora:OpenSora-v1-HQ-{clip}.pth",
         text_encoder=TEXT_ENCODER,
         vae_kind="frames",
         transformer_config=transformer(clip),
