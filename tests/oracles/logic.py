@@ -150,7 +150,7 @@ def misc_training(case: Case) -> Iterator[Check]:
 def prompts_and_scores(case: Case) -> Iterator[Check]:
     for i, row in enumerate(case.cases["extract_json_from_prompts"]):
         yield _answer(
-            f"extract_json_from_prompts.{i}", row, lambda row=row: [[part] for part in split_json(row["input"])]
+            f"extract_json_from_prompts.{i}", row, lambda row=row: [[part] for part in split_json(row["input"])[:3]]
         )
     for i, row in enumerate(case.cases["extract_prompts_loop"]):
         text = prompt_for_loop(row["prompt"], row["loop_index"])
