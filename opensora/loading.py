@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.checkpoints import CheckpointError, load_config, load_model, resolve
+from opensora.checkpoints import load_model, resolve
 from opensora.config import (
     CausalVideoVAEConfig,
     LatteT2VConfig,
@@ -81,20 +81,8 @@ def load_transformer(
     """The transformer of `config`'s class. A config.json beside the weights is read; without one `config` holds."""
     location = resolve(source)
     folder = location if location.is_dir() else location.parent
-    place = {"dtype": dtype, "device": device}
-    given = _completed(config, folder / "config.json") if (folder / "config.json").is_file() else config
-    return load_model(location, TRANSFORMERS[type(config)], type(config), config=given, **place)
-
-
-def _completed(preset: TransformerConfig, path: Path) -> TransformerConfig | None:
-    """A stored configuration with what released files do not say, and only the preset knows: the version of a LatteT2V.
-    None where the file says all, or is of something else, of which `load_model` has more to say."""
-    if not isinstance(preset, LatteT2VConfig) or "version" in json.loads(path.read_text()):
-        return None
-    try:
-        return replace(load_config(path.parent, LatteT2VConfig), version=preset.version)
-    except CheckpointError:
-        return None
+    given = None if (folder / "config.json").is_file() else config
+    return load_model(location, TRANSFORMERS[type(config)], type(config), config=given, dtype=dtype, device=device)
 
 
 def load_vae(source: str | Path, preset: Preset, *, dtype: torch.dtype, device: torch.device) -> Any:

@@ -21,6 +21,7 @@ import opensora_kernels
 from opensora import cli
 from opensora.presets import tiny
 from opensora_kernels import backends
+from tests import capabilities
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
@@ -164,6 +165,10 @@ def test_quality_table_is_that_of_the_record():
     assert table("quality") == quality_table()
 
 
+def test_capability_table_is_that_of_the_tests():
+    assert table("systems") == as_table(capabilities.rows())
+
+
 def test_no_figure_is_left_open():
     assert re.findall(r"\{\{\w+\}\}", README.read_text()) == []
 
@@ -208,8 +213,9 @@ def table(name: str) -> str:
 
 def write_tables() -> None:
     text = README.read_text()
-    for name, make in (("backends", operator_table), ("quality", quality_table)):
-        text = text.replace(f"begin -->\n{table(name)}<!-- {name}: end", f"begin -->\n{make()}<!-- {name}: end")
+    tables = {"backends": operator_table(), "quality": quality_table(), "systems": as_table(capabilities.rows())}
+    for name, made in tables.items():
+        text = text.replace(f"begin -->\n{table(name)}<!-- {name}: end", f"begin -->\n{made}<!-- {name}: end")
     README.write_text(text)
 
 
