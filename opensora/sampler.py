@@ -191,9 +191,8 @@ class Sampler:
             run = partial(self.vae.decode, num_frames=num_frames)
             decoding = plan_tiles(run, latents, config.vae_memory, self.dtype, self.device)
         plan = Plan(tuple(requests), config, build(scheduler or self.scheduler), size, shape, latent_size, decoding)
-        plan.scheduler.sampling_timesteps(
-            1, plan.arguments(1, self.device, self.dtype)
-        )  # some lengths have no timesteps: says so now
+        # Some lengths have no timesteps, and some numbers of steps make no sense: says so now.
+        plan.scheduler.sampling_timesteps(1, plan.arguments(1, self.device, self.dtype))
         for index, request in enumerate(requests):
             try:
                 check_guide(request.guide, shape, self.vae, config.loop)
