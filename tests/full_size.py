@@ -70,11 +70,11 @@ def run(name: str, folder: Path) -> dict[str, float]:
 
 
 def _stdit_forward(model: nn.Module) -> Tensor:
-    """5 x 8 x 8 latents: 17 frames of 64 x 64 pixels, conditional and unconditional."""
+    """5 x 4 x 4 latents: 17 frames of 32 x 32 pixels, conditional and unconditional."""
     bf16 = torch.bfloat16
     length = model.config.model_max_length
-    x, y = torch.randn(2, 4, 5, 8, 8, dtype=bf16), torch.randn(2, 1, length, 4096, dtype=bf16)
-    clip = {"num_frames": 17.0, "height": 64.0, "width": 64.0, "ar": 1.0, "fps": 24.0}
+    x, y = torch.randn(2, 4, 5, 4, 4, dtype=bf16), torch.randn(2, 1, length, 4096, dtype=bf16)
+    clip = {"num_frames": 17.0, "height": 32.0, "width": 32.0, "ar": 1.0, "fps": 24.0}
     mask = torch.arange(length)[None].repeat(2, 1) < 20
     timestep = torch.tensor([500.0, 500.0])
     return model(x, timestep, y, mask=mask, **{name: torch.full((2,), each) for name, each in clip.items()})
@@ -87,8 +87,8 @@ def _vae_forward(model: VideoVAE) -> Tensor:
 
 
 def _latte_forward(model: LatteT2V) -> Tensor:
-    """5 x 8 x 8 latents: 17 frames of 64 x 64 pixels, conditional and unconditional."""
-    x, y = torch.randn(1, 4, 5, 8, 8), torch.randn(2, 1, 300, 4096, dtype=torch.bfloat16)
+    """5 x 4 x 4 latents: 17 frames of 32 x 32 pixels, conditional and unconditional."""
+    x, y = torch.randn(1, 4, 5, 4, 4), torch.randn(2, 1, 300, 4096, dtype=torch.bfloat16)
     return model.denoiser(y)(x, torch.tensor([500]))
 
 
