@@ -30,7 +30,7 @@ from opensora.sampling.guides import ClipShape, Guide, check_guide, overlap_fram
 from opensora.sampling.noise import ClipNoise
 from opensora.sampling.offload import Workplace
 from opensora.sampling.plan import OnProgress, Plan, Progress
-from opensora.sampling.requests import PromptError, Request, clip_size, read_requests
+from opensora.sampling.requests import ClipSize, PromptError, Request, clip_size, read_requests
 from opensora.sampling.stages import StageCost, StageMeter
 from opensora.schedulers import build
 from opensora.video import to_uint8, write_video
@@ -181,7 +181,7 @@ class Sampler:
                 f"image_size: {size.height} x {size.width} is smaller than one latent of this VAE; "
                 f"latents would be {latent_size[1]} x {latent_size[2]}"
             )
-        self._check_length(size.num_frames, latent_size[0])
+        self._check_size(size, latent_size[0])
         overlap = _overlap(config, latent_size[0], any(request.guide for request in requests))
         shape = ClipShape(num_frames, size.height, size.width, latent_size[0], overlap)
         decoding = None
@@ -234,12 +234,18 @@ class Sampler:
             encoded |= dict(zip(part, zip(embeddings_B1LC[:, 0], mask_BL.to(self.device), strict=True), strict=True))
         return encoded
 
-    def _check_length(self, num_frames: int, num_latents: int) -> None:
-        """Some transformers know clips of one length alone, and single frames."""
-        length = getattr(self.transformer.config, "video_length", None)
+    def _check_size(self, size: ClipSize, num_latents: int) -> None:
+        """Some transformers know clips of one length alone, and pictures of whole patches."""
+        length = self.transformer.only_length
         if length is not None and num_latents not in (1, length):
             frames = self.vae.frames_of(length)
-            raise ValueError(f"num_frames: this transformer makes clips of 1 or {frames} frames, got {num_frames}")
+            raise ValueError(f"num_frames: this transformer makes clips of 1 or {frames} frames, got {size.num_frames}")
+        multiple = self.transformer.latent_multiple
+        pixels = multiple * self.vae.space_factor
+        if multiple > 1 and (size.height % pixels or size.width % pixels):
+            raise ValueError(
+                f"image_size: must be multiples of {pixels} pixels for this transformer, got {size.height} {size.width}"
+            )
 
     def _rehearse_masks(self, plan: Plan, request: Request) -> None:
         """Apply a request's masks to tensors without memory, for the errors that this raises."""

@@ -180,9 +180,11 @@ def test_any_duration_size_and_aspect_ratio(some_system):
 
 
 @pytest.mark.parametrize("some_system", [name for name in SYSTEMS if name not in ANY_SIZE], indirect=True)
-def test_clips_of_another_length_are_refused(some_system):
+def test_clips_of_another_length_or_size_are_refused(some_system):
     with pytest.raises(ValueError, match="num_frames: this transformer makes clips of 1 or 9 frames, got 13"):
         make(some_system, num_frames="13")
+    with pytest.raises(ValueError, match="image_size: must be multiples of 16 pixels for this transformer, got 40 32"):
+        make(some_system, image_size=(40, 32))
 
 
 @pytest.mark.parametrize("some_system", SCORED, indirect=True)

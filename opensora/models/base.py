@@ -23,9 +23,13 @@ class VideoTransformer(nn.Module):
     """Subclasses embed captions and list who reads them.
 
     `takes_frame_mask`: forward and denoiser take x_mask (B, T), False where a frame is given clean.
+    `only_length`: latent frames of the only clips it makes beside single frames; None for any number.
+    `latent_multiple`: what height and width of latents must be multiples of.
     """
 
     takes_frame_mask = False
+    only_length: int | None = None
+    latent_multiple = 1
 
     def __init__(self) -> None:
         super().__init__()

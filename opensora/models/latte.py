@@ -44,6 +44,7 @@ class LatteT2V(VideoTransformer):
         super().__init__()
         self.config = config = config or LatteT2VConfig()
         check_config(config)
+        self.only_length, self.latent_multiple = config.video_length, config.patch_size
         dim = config.num_attention_heads * config.attention_head_dim
         self.pos_embed = FramePatchEmbed(config.patch_size, config.in_channels, dim)
         self.adaln_single = TimestepModulation(dim)
