@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora import presets
-from opensora.conditioning.masks import apply_mask_strategy
+from opensora.conditioning.masks import apply_mask_strategy, parse_mask_strategy
 from opensora.config import RectifiedFlowConfig, SampleConfig, SchedulerConfig
 from opensora.data.reading import probe
 from opensora.loading import load_models
@@ -84,6 +84,9 @@ class Sampler:
         weight = next(transformer.parameters())
         self.device, self.dtype = device or weight.device, weight.dtype
         self.workplace = Workplace(self.device, offload=offload)
+        if self.workplace.offload:
+            for model in (self.vae, self.transformer, self.text_encoder):
+                model.to("cpu")
         self.models = ModelsAtWork(self.vae, self.transformer, self.workplace, self.dtype)
         self.costs: dict[str, StageCost] = {}
 
@@ -182,8 +185,10 @@ class Sampler:
                 f"latents would be {latent_size[1]} x {latent_size[2]}"
             )
         self._check_size(size, latent_size[0])
-        overlap = _overlap(config, latent_size[0], any(request.guide for request in requests))
-        shape = ClipShape(num_frames, size.height, size.width, latent_size[0], overlap)
+        overlap = _overlap(config, latent_size[0], is_needed=any(request.guide.has_videos for request in requests))
+        shape = ClipShape(num_frames, size.height, size.width, latent_size[0], overlap, size.save_fps)
+        if self.transformer.null_caption is None:
+            requests = [replace(r, negative="") if r.negative is None else r for r in requests]
         decoding = None
         if config.vae_memory is not None:
             batch = min(config.batch_size, len(requests) * config.num_sample)
@@ -195,7 +200,7 @@ class Sampler:
         plan.scheduler.sampling_timesteps(1, plan.arguments(1, self.device, self.dtype))
         for index, request in enumerate(requests):
             try:
-                check_guide(request.guide, shape, self.vae, config.loop)
+                check_guide(request.guide, shape, self.vae, config.loop, size.num_frames)
                 self._rehearse_masks(plan, request)
             except ValueError as error:
                 raise PromptError(index, str(error)) from error
@@ -210,9 +215,7 @@ class Sampler:
         with meter.stage("text"), self.workplace.use(self.text_encoder):
             texts = self._encode_texts(plan)
         report.done("text")
-        jobs = [(request, sample) for request in plan.requests for sample in range(plan.config.num_sample)]
-        for start in range(0, len(jobs), plan.config.batch_size):
-            batch = jobs[start : start + plan.config.batch_size]
+        for batch in plan.batches():
             seeds = [plan.config.seed + r.index * plan.config.num_sample + sample for r, sample in batch]
             noise = ClipNoise(seeds, self.device, self.dtype)
             clips = Generation(plan, self.models, [request for request, _ in batch], texts, noise, meter, report)
@@ -258,16 +261,27 @@ class Sampler:
             for count in frames
         ]
         z = torch.empty(1, self.vae.latent_channels, *plan.latent_size, device="meta")
+        for number, group in enumerate(parse_mask_strategy(request.mask_strategy)):
+            where = f"mask_strategy {request.mask_strategy!r}: group {number}"
+            if group.loop >= plan.config.loop:
+                raise ValueError(f"{where} is for loop {group.loop}, but there are loops 0 to {plan.config.loop - 1}")
+            have = latents[group.reference].shape[1]
+            start = group.reference_start % have if -have <= group.reference_start < have else 0
+            if start + group.length > have:
+                raise ValueError(
+                    f"{where} asks for {group.length} latent frames from {group.reference_start} on, but reference "
+                    f"{group.reference} has {have}"
+                )
         for loop in range(plan.config.loop):
             given = latents[: len(request.references) + loop]
             apply_mask_strategy(z, [given], [request.mask_strategy], loop, align=plan.config.align)
 
 
-def _overlap(config: SampleConfig, num_latents: int, is_guided: bool) -> int:
+def _overlap(config: SampleConfig, num_latents: int, *, is_needed: bool) -> int:
     """Latent frames that a loop, or a clip that begins or ends with a video, repeats."""
     length = config.condition_frame_length
-    if config.loop == 1 and not is_guided:
-        return 0
+    if config.loop == 1 and not is_needed:
+        return min(length, num_latents)
     if config.loop > 1 and num_latents == 1:
         raise ValueError(f"loop: a clip of one latent frame cannot go on from itself, got loop {config.loop}")
     if num_latents > 1 and not 0 < length < num_latents:

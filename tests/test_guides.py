@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opensora.sampler import Sampler
-from opensora.sampling.guides import Guide, cross_faded
+from opensora.sampling.guides import Guide, cross_faded, frames_at_rate
 from opensora.sampling.offload import Workplace
 from opensora.sampling.requests import PromptError
 from opensora.video import write_mp4, write_png
@@ -50,14 +50,25 @@ def video(path: Path, num_frames: int) -> str:
         (Guide(edit="LONG", edit_region="0,0,4,x"), {}, "width must be a whole number of pixels, got 'x'"),
         (Guide(edit="LONG", edit_region="0,0,17,4"), {}, "must lie inside of 16 x 16 pixels"),
         (Guide(edit="LONG", edit_region="nowhere.png"), {}, "edit_region: must be .* or a picture or video"),
+        (Guide(edit="LONG", edit_region="BLACK"), {}, "edit_region: .* must be bright somewhere, got nothing to edit"),
+        (
+            Guide(start="LONG", end="LONG"),
+            {"condition_frame_length": 3},
+            "must leave something to generate of 5 latent",
+        ),
         (Guide(edit="LONG"), {"loop": 2}, "loop: an edit, and a clip between two others, has one part, got loop 2"),
         (Guide(start="LONG"), {"num_frames": "1"}, "a single picture has nothing else to begin or end with"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_any_work(sampler, tmp_path, guide, options, message):
     files = {"SHORT": video(tmp_path / "short.mp4", 4), "LONG": video(tmp_path / "long.mp4", 17)}
+    files["BLACK"] = str(write_png(tmp_path / "black.png", torch.zeros(3, 16, 16, dtype=torch.uint8)))
     guide = replace(
-        guide, **{part: files.get(getattr(guide, part), getattr(guide, part)) for part in ("start", "end", "edit")}
+        guide,
+        **{
+            part: files.get(getattr(guide, part), getattr(guide, part))
+            for part in ("start", "end", "edit", "edit_region")
+        },
     )
     with pytest.raises(PromptError, match=message):
         sampler.plan([PROMPT], replace(SAMPLE, **options), guides=[guide])
@@ -89,13 +100,42 @@ def test_a_clip_grows_backwards_when_only_its_end_is_given(sampler, tmp_path):
     assert torch.equal(clip.frames[-13:], last.frames[-13:])
 
 
-def test_clips_of_a_batch_keep_their_own_guides(sampler, tmp_path):
-    edit = video(tmp_path / "edit.mp4", 17)
-    guides = [Guide(edit=edit, edit_region="0,0,8,8"), None, Guide(start=edit)]
-    together = sampler.sample([PROMPT] * 3, replace(SAMPLE, batch_size=3, seed=4, join_given=False), guide=guides)
+@pytest.mark.parametrize("loop", [1, 2])
+def test_clips_of_a_batch_depend_on_their_own_guides_alone(sampler, tmp_path, loop):
+    edit, start = video(tmp_path / "edit.mp4", 17), video(tmp_path / "start.mp4", 5)
+    guides = [Guide(edit=edit, edit_region="0,0,8,8"), None, Guide(start=start), Guide(edit=edit, edit_ratio=0.5)]
+    guides = guides if loop == 1 else guides[1:3]
+    config = replace(SAMPLE, batch_size=4, seed=4, join_given=False, loop=loop)
+    together = sampler.sample([PROMPT] * len(guides), config, guide=guides)
     for number, guide in enumerate(guides):
-        (alone,) = sampler.sample(PROMPT, replace(SAMPLE, join_given=False), seed=4 + number, guide=guide)
+        (alone,) = sampler.sample(PROMPT, config, seed=4 + number, guide=guide)
         assert (together[number].frames.int() - alone.frames.int()).abs().max() <= 1
+
+
+def test_a_video_of_another_frame_rate_is_shown_at_the_clips():
+    assert frames_at_rate(9, 24.0, 8.0) == [0, 3, 6]
+    assert frames_at_rate(9, 24.0, 8.0, from_end=True) == [2, 5, 8]
+    assert frames_at_rate(4, 8.0, 8.0) == [0, 1, 2, 3]
+    assert frames_at_rate(3, 8.0, 16.0) == [0, 0, 1, 2, 2]
+
+
+def test_a_model_without_a_null_caption_takes_the_empty_text(sampler, monkeypatch):
+    assert sampler.plan([PROMPT], SAMPLE).requests[0].negative is None
+    monkeypatch.setattr(type(sampler.transformer), "null_caption", None)
+    assert sampler.plan([PROMPT], SAMPLE).requests[0].negative == ""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("0,0,0,0,50", "group 0 asks for 50 latent frames from 0 on, but reference 0 has 2"),
+        ("0;5,0", "group 1 is for loop 5, but there are loops 0 to 0"),
+    ],
+)
+def test_a_mask_strategy_that_asks_for_too_much_is_refused(sampler, tmp_path, strategy, message):
+    path = video(tmp_path / "short.mp4", 5)
+    with pytest.raises(PromptError, match=message):
+        sampler.plan([PROMPT], SAMPLE, reference_paths=[path], mask_strategies=[strategy])
 
 
 def test_videos_are_cross_faded_where_they_overlap():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -26,7 +27,8 @@ from opensora.config import (
 )
 
 if TYPE_CHECKING:
-    from opensora.sampler import Clip, OnProgress, Plan, Sampler
+    from opensora.sampler import Clip, OnProgress, Sampler
+    from opensora.sampling.requests import Request
     from opensora.sampling.stages import StageCost
 
 MAX_SHEET_ROWS = 16
@@ -40,18 +42,23 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser(preset).parse(arguments)
     config, scheduler = _configs(preset, options)
     prompts = _read_prompts(options)
-    outputs = _Outputs(options, config, num_clips=len(prompts.texts) * config.num_sample)
+    outputs = _Outputs(options, config, prompts.texts)
     conditions = {"reference_paths": options["reference_path"], "mask_strategies": options["mask_strategy"]}
     conditions["first_index"] = prompts.first_index
     conditions["guides"] = [Guide(**{item.name: options[item.name] for item in fields(Guide)})]
     with _places(prompts):
         clip_size(config)
-        read_requests(prompts.texts, config, **conditions)  # what is wrong already shows before the models are loaded
+        # What is wrong already shows before the models are loaded, and whether there is anything to do.
+        requests = outputs.to_do(read_requests(prompts.texts, config, **conditions))
+        if not requests:
+            print("nothing to do: all files exist")
+            return 0
         sampler, load_cost = _load(preset, options, config)
         plan = sampler.plan(prompts.texts, config, scheduler=scheduler, **conditions)
     with _progress_bar() as on_progress:
         try:
-            for clip in sampler.run(outputs.without_existing(plan), on_progress=on_progress):
+            plan = replace(plan, requests=tuple(outputs.to_do(plan.requests)))
+            for clip in sampler.run(plan, on_progress=on_progress):
                 outputs.save(clip)
         except KeyboardInterrupt:
             done = len(outputs.saved)
@@ -108,7 +115,8 @@ def _parser(preset: Preset) -> Parser:
 
     methods = _methods(preset)
     add("--sample-method", type=str, default=methods[0], help=f"one of {', '.join(methods)}")
-    add("--num-sampling-steps", type=int, default=scheduler.num_sampling_steps)
+    usual = f"default: {scheduler.num_sampling_steps}, or what is usual for the method"
+    add("--num-sampling-steps", type=OrNone(int), help=usual)
     add("--cfg-scale", type=float, default=scheduler.cfg_scale, help="how closely to follow the prompt; 1: no guidance")
     add("--num-sample", type=int, default=sample.num_sample, help="clips of each prompt")
     add("--batch-size", type=int, default=sample.batch_size, help="clips made at a time")
@@ -138,21 +146,26 @@ def _configs(preset: Preset, options: dict[str, Any]) -> tuple[SampleConfig, Sch
     if sized_by_name and config.image_size == preset.sample.image_size:
         config = replace(config, image_size=None)
     steps = options["num_sampling_steps"]
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise CommandError(f"num_sampling_steps: must be at least 1, got {steps}")
     method, methods = options["sample_method"], _methods(preset)
     if method not in methods:
         raise CommandError(f"sample_method: must be one of {', '.join(methods)} for {preset.name}, got {method!r}")
-    scheduler = preset.scheduler if method == methods[0] else _NOISE_METHODS[method]
+    scheduler = preset.scheduler if method == methods[0] else _scheduler(preset, method)
+    steps = steps or scheduler.num_sampling_steps
     return config, replace(scheduler, num_sampling_steps=steps, cfg_scale=options["cfg_scale"])
 
 
-_NOISE_METHODS: dict[str, SchedulerConfig] = {
-    "iddpm": IDDPMConfig(),
-    "ddim": IDDPMConfig(sampler="ddim"),
-    "dpm-solver": DPMSolverConfig(),
-} | {name: DiffusersSamplerConfig(sample_method=name) for name in get_args(SampleMethod)}
+_NOISE_METHODS = ("iddpm", "ddim", "dpm-solver", *get_args(SampleMethod))
 """For models that predict noise. Of the names, capital letters are diffusers', as Open-Sora-Plan spells them."""
+
+
+def _scheduler(preset: Preset, method: str) -> SchedulerConfig:
+    """Another way to sample than the preset's own, with what the model's training says of it."""
+    if method in ("iddpm", "ddim"):
+        own = preset.scheduler if isinstance(preset.scheduler, IDDPMConfig) else IDDPMConfig(table_dtype="float64")
+        return replace(own, sampler="ddim" if method == "ddim" else "ddpm")
+    return DPMSolverConfig() if method == "dpm-solver" else DiffusersSamplerConfig(sample_method=method)
 
 
 def _methods(preset: Preset) -> list[str]:
@@ -187,6 +200,8 @@ def _read_prompts(options: dict[str, Any]) -> _Prompts:
         line = Path(path).read_bytes()[: error.start].count(b"\n") + 1
         raise CommandError(f"{path}, line {line}: is not UTF-8 text") from error
     numbered = [(line.strip(), number) for number, line in enumerate(lines, start=1) if line.strip()]
+    if options["start_index"] < 0:
+        raise CommandError(f"start_index: must be 0 or more, got {options['start_index']}")
     chosen = numbered[options["start_index"] : options["end_index"]]
     if not chosen:
         raise CommandError(f"{path}: holds {len(numbered)} prompts, none from --start-index to --end-index")
@@ -230,7 +245,9 @@ def _places(prompts: _Prompts) -> Iterator[None]:
 class _Outputs:
     """Names files, writes them, and remembers what was written."""
 
-    def __init__(self, options: dict[str, Any], config: SampleConfig, *, num_clips: int) -> None:
+    def __init__(self, options: dict[str, Any], config: SampleConfig, prompts: Sequence[str]) -> None:
+        num_clips = len(prompts) * config.num_sample
+        self._num_of_text = Counter(prompt.partition("{")[0] for prompt in prompts)
         self.saved: list[tuple[Path, Clip]] = []
         self.sheet: Path | None = None
         self._file = Path(options["output"]) if options["output"] else None
@@ -245,16 +262,17 @@ class _Outputs:
         if self._file.suffix.lower() not in known:
             raise CommandError(f"output: must end in {', '.join(known)}, got {str(self._file)!r}")
 
-    def without_existing(self, plan: Plan) -> Plan:
+    def to_do(self, requests: Sequence[Request]) -> list[Request]:
         """With --resume or --prompt-as-path, prompts whose files are all there are not done again."""
-        if not (self._options["resume"] or self._options["prompt_as_path"]):
-            return plan
-        if self._file is not None:
-            is_done = self._options["resume"] and self._file.exists()
-            return replace(plan, requests=()) if is_done else plan
+        if not self._options["resume"] and (self._file is not None or not self._options["prompt_as_path"]):
+            return list(requests)
         samples = range(self._config.num_sample)
-        left = [r for r in plan.requests if not all(self._path(r.prompt, r.index, k).exists() for k in samples)]
-        return replace(plan, requests=tuple(left))
+
+        def is_done(request: Request) -> bool:
+            paths = [self._file] if self._file else [self._path(request.prompt, request.index, k) for k in samples]
+            return all(path.exists() for path in paths)
+
+        return [request for request in requests if not is_done(request)]
 
     def save(self, clip: Clip) -> None:
         path = self._file or self._path(clip.prompt, clip.index, clip.sample)
@@ -277,6 +295,8 @@ class _Outputs:
             # VBench looks for "<prompt>-<number>.mp4"; a file name may have 255 bytes.
             text = re.sub(r"[/\\\0]", " ", prompt.partition("{")[0]).strip()
             name = f"{text.encode()[:200].decode(errors='ignore')}-{sample}"
+            if self._num_of_text[prompt.partition("{")[0]] > 1:  # the same words with other JSON after them
+                name += f"-{index:04d}"
         else:
             name = f"{self._options['sample_name']}_{index:04d}"
             name += f"-{sample}" if self._config.num_sample > 1 else ""
@@ -332,8 +352,6 @@ def _print_results(outputs: _Outputs, costs: dict[str, StageCost], *, on_cpu: bo
         num_frames, _, height, width = clip.frames.shape
         kind = "image" if num_frames == 1 else f"{num_frames} frames at {clip.fps:g} fps"
         print(f"{path}: {kind}, {height} x {width}, seed {clip.seed}: {clip.prompt}")
-    if not outputs.saved:
-        print("nothing to do: all files exist")
     if outputs.sheet is not None:
         print(f"{outputs.sheet}: contact sheet")
     table = Table("stage", title="resident memory of the process" if on_cpu else "memory of the device")

@@ -66,11 +66,15 @@ def latent_mask(mask_THW: Tensor, starts: Sequence[int], size: tuple[int, int]) 
 
 
 def soft_edges(mask_THW: Tensor, width: int) -> Tensor:
-    """fp32 (T, H, W): 1 inside, 0 outside, rising over `width` pixels on the inner side of every edge."""
-    if width < 1:
-        return mask_THW.float()
-    # How far inside a pixel lies: the share of a square around it that is inside, beyond the half that an edge leaves.
-    size = 2 * width - 1
-    padded = F.pad(mask_THW[:, None].float(), (width - 1,) * 4, mode="replicate")
-    share = F.avg_pool2d(padded, size, stride=1)[:, 0]
-    return ((share * 2 - 1).clamp(min=0)) * mask_THW
+    """fp32 (T, H, W): 0 outside, rising inside to 1 over `width` pixels from every edge, or in the middle of less.
+
+    The picture's own border is no edge.
+    """
+    inside = mask_THW[:, None].float()
+    depth = inside.clone()
+    for _ in range(width - 1):  # of a region that shrinks by a pixel on all sides
+        outside = F.max_pool2d(F.pad(1 - inside, (1, 1, 1, 1)), 3, stride=1)
+        inside = 1 - outside
+        depth += inside
+    deepest = depth.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+    return (depth / deepest)[:, 0]

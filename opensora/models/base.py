@@ -35,6 +35,11 @@ class VideoTransformer(nn.Module):
         super().__init__()
         self.gradient_checkpointing = False
 
+    @property
+    def null_caption(self) -> Tensor | None:
+        """Unprojected features (L, caption_channels) of no caption, where they were learnt; else it is ""."""
+        return None
+
     def text_readers(self) -> list[Any]:
         """The cross-attention of every block, in the order in which `TextContext.for_block` counts."""
         raise NotImplementedError

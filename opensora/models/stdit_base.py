@@ -34,6 +34,10 @@ class STDiTBase(VideoTransformer):
     t_embedder: TimestepEmbedder
     y_embedder: CaptionEmbedder
 
+    @property
+    def null_caption(self) -> Tensor:
+        return self.y_embedder.y_embedding
+
     def denoiser(
         self, y: Tensor, mask: Tensor | None = None, *, with_variance: bool = False, **arguments: Any
     ) -> Denoiser:

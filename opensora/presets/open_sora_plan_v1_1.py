@@ -16,6 +16,7 @@ TEXT_ENCODER = "DeepFloyd/t5-v1_1-xxl"
 
 
 def preset(clip: Clip = "65x512x512") -> Preset:
+    """How a release is sampled. Of 513x512x512 upstream published the configuration, its training was not finished."""
     num_frames, height, width = map(int, clip.split("x"))
     return Preset(
         name="open-sora-plan-v1.1" if clip == get_args(Clip)[0] else f"open-sora-plan-v1.1-{clip}",

@@ -17,6 +17,7 @@ TEXT_ENCODER = "DeepFloyd/t5-v1_1-xxl"
 
 
 def preset(clip: ClipName = "16x256x256") -> Preset:
+    """How a release is sampled. Of 64x512x512 upstream published the configuration, no weights."""
     num_frames, height, width = map(int, clip.split("x"))
     return Preset(
         name="open-sora-v1.0" if clip == get_args(ClipName)[0] else f"open-sora-v1.0-{clip}",

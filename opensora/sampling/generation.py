@@ -180,14 +180,18 @@ class Generation:
             on_step=lambda step, num_steps, z: self.report.done("denoise"),
         )
 
-    def _given(self, z: Tensor, loop: int) -> tuple[Tensor, Tensor | None]:
+    def _given(self, noise: Tensor, loop: int) -> tuple[Tensor, Tensor | None]:
         """Noise with the given frames in place, and how much of each frame is generated; None if all of all."""
-        z, mask_BT = apply_mask_strategy(z, self.references, self.strategies, loop, align=self.plan.config.align)
+        z, mask_BT = apply_mask_strategy(noise, self.references, self.strategies, loop, align=self.plan.config.align)
         for b, placed in enumerate(self.placements):
             for latents, position, strength in placed:
                 frames = slice(position, position + latents.shape[1])
                 z[b, :, frames] = latents.to(z)
                 mask_BT[b, frames] = strength
+        if (
+            mask_BT is not None
+        ):  # what is made anew begins as noise: the original's strategies leave the reference there
+            z = torch.where((mask_BT < 1).to(z.device)[:, None, :, None, None], z, noise)
         # Nothing is given: the masked path would compute the same and draw noise for nothing.
         return z, None if mask_BT is None or bool((mask_BT == 1).all()) else mask_BT
 
@@ -204,7 +208,7 @@ class Generation:
         null, null_masks = [], []
         for b, request in enumerate(self.requests):
             if request.negative is None:
-                embedding, mask = self.models.transformer.y_embedder.y_embedding.to(y_B1LC), mask_BL[b]
+                embedding, mask = self.models.transformer.null_caption.to(y_B1LC), mask_BL[b]
             else:
                 embedding, mask = self.texts[request.negative]
             null.append(embedding)

@@ -49,6 +49,11 @@ class Guide:
         return 1.0 if self.edit_region else DEFAULT_EDIT_RATIO
 
     @property
+    def has_videos(self) -> bool:
+        """Whether a clip begins or ends with more than an image."""
+        return any(path and not is_image(path) for path in (self.start, self.end))
+
+    @property
     def goes_backward(self) -> bool:
         """Whether a clip of several loops grows at its beginning."""
         return bool(self.end) and not self.start
@@ -61,13 +66,14 @@ class VideoCoder(Protocol):
 
 
 class ClipShape(NamedTuple):
-    """Frames, height and width in pixels; latent frames; and how many of these a video is overlapped by."""
+    """Frames, height and width in pixels; latent frames, and how many of them overlap with a video; frames a second."""
 
     num_frames: int
     height: int
     width: int
     num_latents: int
     overlap: int
+    fps: float
 
 
 class Placement(NamedTuple):
@@ -91,41 +97,82 @@ class Source:
     region: Tensor | None = None
 
 
-def check_guide(guide: Guide, shape: ClipShape, vae: VideoCoder, num_loops: int) -> None:
-    """Everything that can be wrong with a guide, before its files are decoded. Errors: ValueError naming the part."""
+def check_guide(guide: Guide, shape: ClipShape, vae: VideoCoder, num_loops: int, num_frames: int) -> None:
+    """Everything that can be wrong with a guide of a clip of which `num_frames` are kept, before its files are decoded.
+    Errors: ValueError naming the part."""
     if guide.edit_ratio is not None and not 0 <= guide.edit_ratio <= 1:
         raise ValueError(f"edit_ratio: must lie in [0, 1], got {guide.edit_ratio}")
     if not guide.edit and (guide.edit_region or guide.edit_ratio is not None):
         raise ValueError("edit: edit_region and edit_ratio need a video to edit, got none")
     if num_loops > 1 and (guide.edit or (guide.start and guide.end)):
         raise ValueError(f"loop: an edit, and a clip between two others, has one part, got loop {num_loops}")
+    if guide.end and num_frames != shape.num_frames:
+        raise ValueError(f"end: num_frames must be {shape.num_frames}, as the VAE makes them, got {num_frames}")
     if shape.num_latents == 1 and (guide.start or guide.end):
         raise ValueError("start, end: a single picture has nothing else to begin or end with; edit it instead")
-    for name, needed in (("start", None), ("end", None), ("edit", shape.num_frames)):
+    for name in ("start", "end", "edit"):
         path = getattr(guide, name)
         if not path:
             continue
-        try:
-            have = probe(path).num_frames
-        except VideoError as error:
-            raise ValueError(f"{name}: {error}{'' if Path(path).exists() else ' (no such file)'}") from error
-        if needed is None and not is_image(path):
-            needed = overlap_frames(shape, vae, at_end=name == "end")
-        if needed is not None and have < needed:
-            what = "a clip of that length" if name == "edit" else f"{shape.overlap} latent frames"
-            raise ValueError(f"{name}: {path} must have at least {needed} frames for {what}, got {have}")
-    box = parse_box(guide.edit_region) if guide.edit_region else None
+        have, needed = _count(name, path, shape.fps), 1
+        if name == "edit":
+            needed, purpose = shape.num_frames, "a clip of that length"
+        elif not is_image(path):
+            needed, purpose = overlap_frames(shape, vae, at_end=name == "end"), f"{shape.overlap} latent frames"
+        if have < needed:
+            raise ValueError(
+                f"{name}: {path} must have at least {needed} frames for {purpose}, got {have} at {shape.fps:g} a second"
+            )
+    given = [1 if is_image(path) else shape.overlap for path in (guide.start, guide.end) if path]
+    if len(given) == 2 and sum(given) >= shape.num_latents:
+        raise ValueError(
+            f"start, end: must leave something to generate of {shape.num_latents} latent frames, "
+            f"but {given[0]} and {given[1]} are given; see condition_frame_length"
+        )
+    if guide.edit_region:
+        _check_region(guide.edit_region, shape)
+
+
+def _count(name: str, path: str, fps: float) -> int:
+    """Frames of a file at the clip's rate. Errors: ValueError for one that cannot be opened."""
+    try:
+        info = probe(path)
+    except VideoError as error:
+        raise ValueError(f"{name}: {error}{'' if Path(path).exists() else ' (no such file)'}") from error
+    return len(frames_at_rate(info.num_frames, info.fps, fps))
+
+
+def _check_region(region: str, shape: ClipShape) -> None:
+    box = parse_box(region)
     if box is not None:
         box_mask(box, shape.height, shape.width)
-    elif guide.edit_region:
-        try:
-            have = probe(guide.edit_region).num_frames
-        except VideoError as error:
-            raise ValueError(
-                f'edit_region: must be "top,left,height,width" in pixels, or a picture or video: {error}'
-            ) from error
-        if have not in (1, shape.num_frames) and have < shape.num_frames:
-            raise ValueError(f"edit_region: must have 1 frame or at least {shape.num_frames}, got {have}")
+        return
+    try:
+        have = probe(region).num_frames
+        frames = read_frames(region, range(min(have, shape.num_frames)))
+    except VideoError as error:
+        raise ValueError(
+            f'edit_region: must be "top,left,height,width" in pixels, or a picture or video: {error}'
+        ) from error
+    if have != 1 and have < shape.num_frames:
+        raise ValueError(f"edit_region: {region} must have 1 frame or at least {shape.num_frames}, got {have}")
+    if not _bright(transform_frames(frames, (shape.height, shape.width))).any():
+        raise ValueError(f"edit_region: {region} must be bright somewhere, got nothing to edit")
+
+
+def _bright(frames_CTHW: Tensor) -> Tensor:
+    """bool (T, H, W): where any colour is above half."""
+    return frames_CTHW.amax(dim=0) > 0
+
+
+def frames_at_rate(num_frames: int, source_fps: float, fps: float, *, from_end: bool = False) -> list[int]:
+    """Numbers of the frames that show a video at another rate, from its first on, or with `from_end` up to its last."""
+    if num_frames == 1 or source_fps <= 0 or abs(source_fps / fps - 1) < 0.01:
+        return list(range(num_frames))
+    step = source_fps / fps
+    count = int((num_frames - 1) / step) + 1
+    numbers = [min(num_frames - 1, round(i * step)) for i in range(count)]
+    return [num_frames - 1 - number for number in reversed(numbers)] if from_end else numbers
 
 
 def overlap_frames(shape: ClipShape, vae: VideoCoder, *, at_end: bool) -> int:
@@ -136,13 +183,15 @@ def overlap_frames(shape: ClipShape, vae: VideoCoder, *, at_end: bool) -> int:
 
 
 def read_source(guide: Guide, shape: ClipShape) -> Source:
-    """Decode a guide's files, resized and cropped to the clip's size."""
+    """Decode a guide's files, resized and cropped to the clip's size, at its frame rate."""
     size = (shape.height, shape.width)
 
-    def read(path: str, count: int | None = None) -> Tensor | None:
+    def read(path: str, *, count: int | None = None, from_end: bool = False) -> Tensor | None:
         if not path:
             return None
-        return transform_frames(read_frames(path, None if count is None else range(count)), size)
+        info = probe(path)
+        numbers = frames_at_rate(info.num_frames, info.fps, shape.fps, from_end=from_end)
+        return transform_frames(read_frames(path, numbers[:count]), size)
 
     region = None
     if guide.edit_region:
@@ -150,9 +199,8 @@ def read_source(guide: Guide, shape: ClipShape) -> Source:
         if box is not None:
             region = box_mask(box, *size)
         else:
-            bright = read(guide.edit_region).mean(dim=0) > 0
-            region = bright[: shape.num_frames] if len(bright) > 1 else bright
-    return Source(read(guide.start), read(guide.end), read(guide.edit, shape.num_frames), region)
+            region = _bright(transform_frames(read_frames(guide.edit_region), size))[: shape.num_frames]
+    return Source(read(guide.start, from_end=True), read(guide.end), read(guide.edit, count=shape.num_frames), region)
 
 
 def placements(
@@ -184,8 +232,6 @@ def end_with(frames: Tensor, shape: ClipShape, vae: VideoCoder, encode: Callable
     overlap = shape.overlap if frames.shape[1] > 1 else 1
     count = min(frames.shape[1], shape.num_frames - vae.frames_of(shape.num_latents - overlap))
     before = frames[:, :1].expand(-1, shape.num_frames - count, -1, -1)
-    if frames.shape[1] == 1:
-        before = frames.expand(-1, shape.num_frames - 1, -1, -1)
     latents = encode(torch.cat([before, frames[:, :count]], dim=1))
     return Placement(latents[:, -overlap:], shape.num_latents - overlap, 0.0)
 

@@ -82,8 +82,11 @@ def clip_size(config: SampleConfig) -> ClipSize:
 
 
 def _num_frames(config: SampleConfig) -> int:
-    """Names of seconds are upstream's (2s = 51) at its 24 fps; at other rates the next whole number of chunks."""
+    """Names of seconds are those of Open-Sora 1.2 (2s = 51) at its 24 fps, at other rates the next whole number of its
+    chunks; where frames are skipped, as in 1.0 and 1.1, as many as are shown in that time (2s = 16)."""
     seconds = re.fullmatch(r"(\d+(?:\.\d+)?)s", config.num_frames)
+    if seconds is not None and config.frame_interval > 1:
+        return max(1, math.ceil(float(seconds[1]) * config.fps / config.frame_interval))
     if seconds is None or config.fps == 24:
         return get_num_frames(config.num_frames)
     return CHUNK_FRAMES * max(1, math.ceil(float(seconds[1]) * config.fps / CHUNK_FRAMES))

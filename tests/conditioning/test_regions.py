@@ -50,5 +50,8 @@ def test_soft_edges_end_where_the_region_does_and_leave_its_inside():
     assert (row.diff() >= 0).all()
     assert 0 < row[0] < 1
     assert torch.equal(soft_edges(mask, 0), mask.float())
+    assert torch.equal(
+        soft_edges(box_mask(Box(9, 0, 3, 32), 32, 32), 8).amax(dim=(1, 2)), torch.ones(1)
+    )  # a thin strip
     touching = box_mask(Box(0, 0, 32, 16), 32, 32)  # the picture's own border is no edge
     assert soft_edges(touching, 4)[0, 0, 0] == 1
