@@ -66,6 +66,7 @@ def run(name: str, folder: Path) -> dict[str, float]:
         "load_growth_bytes": costs["load"].peak_bytes - costs["start"].peak_bytes,
         "load_seconds": round(costs["load"].seconds, 2),
         "forward_seconds": round(costs["forward"].seconds, 2),
+        "forward_growth_bytes": costs["forward"].peak_bytes - costs["start"].peak_bytes,  # the weights among them
     }
 
 
