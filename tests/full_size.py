@@ -139,7 +139,8 @@ def main() -> None:
         growth = figures["load_growth_bytes"] / figures["weight_bytes"]
         print(
             f"{name}: weights {figures['weight_bytes'] / 2**20:.0f} MiB, loaded in {figures['load_seconds']} s "
-            f"at a peak of {growth:.3f} x the weights; one forward {figures['forward_seconds']} s"
+            f"at a peak of {growth:.3f} x the weights; one forward {figures['forward_seconds']} s, with "
+            f"{figures['forward_growth_bytes'] / 2**20:.0f} MiB in all"
         )
 
 
