@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,18 @@ from torch import Tensor
 
 from opensora.checkpoints import CheckpointError, load_model, load_weights, resolve, save_config, save_model
 from opensora.config import STDiT2Config, STDiT3Config
-from opensora.models import STDiT, STDiT3
+from opensora.config_files import config_from_dict
+from opensora.models import STDiT, STDiT2, STDiT3
 from opensora.weight_files import weight_files
-from tests.released_layouts import STDIT, STDIT3, autoencoder_kl, named_state, write_training_checkpoint
+from tests.released_layouts import (
+    STDIT,
+    STDIT2,
+    STDIT3,
+    autoencoder_kl,
+    named_state,
+    write_hub_folder,
+    write_training_checkpoint,
+)
 
 
 def read(location: Path, *, prefer_ema: bool = False) -> dict[str, Tensor]:
@@ -82,6 +92,16 @@ def test_open_sora_1_0_loads_from_its_file_and_keeps_its_own_position_tables(tmp
     assert torch.equal(model.pos_embed_temporal, STDiT(STDIT).pos_embed_temporal)
     save_model(tmp_path / "ours", model, STDIT)
     assert torch.equal(load_model(tmp_path / "ours", STDiT, type(STDIT)).pos_embed, model.pos_embed)
+
+
+def test_open_sora_1_1_rotates_before_the_norm_though_its_configuration_has_no_field_for_it(tmp_path):
+    write_hub_folder(tmp_path / "STDiT-v2", "STDiT2", STDIT2, named_state(STDiT2(STDIT2)))
+    assert "qk_norm_legacy" not in json.loads((tmp_path / "STDiT-v2" / "config.json").read_text())
+    assert load_model(tmp_path / "STDiT-v2", STDiT2, STDiT2Config).config == STDIT2
+    released = {"architectures": ["STDiT2"], "qk_norm": True}
+    assert not config_from_dict(STDiT2Config, released | {"qk_norm_legacy": False}).qk_norm_legacy
+    assert not config_from_dict(STDiT2Config, released | {"qk_norm": False}).qk_norm_legacy
+    assert not config_from_dict(STDiT2Config, {"config_type": "STDiT2Config", "qk_norm": True}).qk_norm_legacy
 
 
 def test_averaged_weights_reach_the_model(tmp_path):
