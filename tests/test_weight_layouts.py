@@ -13,11 +13,13 @@ from opensora.checkpoints import CheckpointError, load_model, load_weights, reso
 from opensora.config import STDiT2Config, STDiT3Config
 from opensora.config_files import config_from_dict
 from opensora.models import STDiT, STDiT2, STDiT3
+from opensora.vae import FrameVAE
 from opensora.weight_files import weight_files
 from tests.released_layouts import (
     STDIT,
     STDIT2,
     STDIT3,
+    VAE_2D,
     autoencoder_kl,
     named_state,
     write_hub_folder,
@@ -126,6 +128,16 @@ def test_an_image_vae_with_the_attention_names_of_older_files_loads(tmp_path):
     other = autoencoder_kl(seed=1)
     load_weights(other, tmp_path)
     assert_same(other.state_dict(), dict(vae.state_dict()))
+
+
+def test_an_image_vae_that_lacks_a_weight_is_refused(tmp_path):
+    state = dict(autoencoder_kl().state_dict())
+    save_model(tmp_path, state, VAE_2D | {"_class_name": "AutoencoderKL"}, stem="diffusion_pytorch_model")
+    assert_same(dict(FrameVAE.from_pretrained(tmp_path).spatial_vae.module.state_dict()), state)
+    del state["decoder.conv_in.bias"], state["encoder.conv_in.weight"]
+    save_model(tmp_path, state, VAE_2D | {"_class_name": "AutoencoderKL"}, stem="diffusion_pytorch_model")
+    with pytest.raises(ValueError, match=r"every weight, lacks 2: decoder\.conv_in\.bias, encoder\.conv_in\.weight$"):
+        FrameVAE.from_pretrained(tmp_path)
 
 
 def test_a_checkpoint_of_another_family_is_named(tmp_path):
