@@ -79,7 +79,9 @@ def compare(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]]) 
     stored = {name: shape for name, shape in shapes.items() if not name.startswith(not_loaded)}
     if family.name == "T5":  # the same matrix under two names
         wanted.pop("encoder.embed_tokens.weight", None)
-        stored.pop("encoder.embed_tokens.weight", None)
+        embedding = stored.pop("encoder.embed_tokens.weight", None)
+        if embedding is not None:
+            stored.setdefault("shared.weight", embedding)
     return Fit(sum(parameter.numel() for parameter in model.parameters()), plan(stored, wanted)[1])
 
 
