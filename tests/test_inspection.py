@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -134,6 +135,27 @@ def test_a_damaged_part_does_not_hide_the_others(tmp_path, capsys):
     assert lines[0].endswith("PixArt.pth: PixArt of PixArt-alpha or PixArt-Sigma, for images")
     assert lines[-2].endswith("cut.safetensors: not recognised")
     assert "  error       " in lines[-1]
+
+
+def test_a_configuration_that_cannot_be_built_and_a_broken_index_do_not_hide_the_other_parts(tmp_path, capsys):
+    root = tmp_path / "models"
+    write_hub_folder(root / "a", "STDiT3", replace(STDIT3, num_heads=5), named_state(STDiT3(STDIT3)))
+    autoencoder_kl().save_pretrained(root / "b")
+    (root / "b" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": []}))
+    for name, index in (("c", "{"), ("d", "[]"), ("e", '{"weight_map": {"layer.weight": 3}}')):
+        (root / name).mkdir()
+        (root / name / "model.safetensors.index.json").write_text(index)
+    write_hub_folder(root / "f", "STDiT3", STDIT3, named_state(STDiT3(STDIT3)))
+    parts = "\n".join(said(root, capsys)).split("\n\n")
+    assert len(parts) == 6
+    assert "keys        not compared: models/a/config.json: STDiT3: cannot be built from its config" in parts[0]
+    assert "num_heads" in parts[0].splitlines()[-1]
+    assert "keys        not compared: models/b/config.json: AutoencoderKL: cannot be built" in parts[1]
+    assert "error       models/c/model.safetensors.index.json: Expecting property name" in parts[2]
+    for part, name in zip(parts[3:5], "de", strict=True):
+        assert f"error       models/{name}/model.safetensors.index.json: must hold an object whose weight_map" in part
+    assert parts[5].endswith("keys        every key found its place")
+    assert "c/model.safetensors.index.json: Expecting property name" in refused(root / "c", capsys)
 
 
 def test_what_is_no_checkpoint_is_one_line_and_status_2(tmp_path, capsys):
