@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,8 @@ def _inspect_one(location: Path) -> Part:
     content = config_beside(location, recognise(shapes))
     family = recognise(shapes, content)
     fit, config, source = _compare(family, content, shapes, location)
+    if family is not None and family.name == "LatteT2V" and config and config.get("version") in ("1.0", "1.1"):
+        family = replace(family, release=f"Open-Sora-Plan {config['version']}")  # keys alone do not tell
     return Part(
         path=location,
         family=family,

@@ -81,8 +81,12 @@ def test_a_training_checkpoint_has_a_model_and_its_average(tmp_path, capsys):
 
 
 def test_a_repository_of_open_sora_plan_lists_its_parts(tmp_path, capsys):
-    root = tmp_path / "Open-Sora-Plan-v1.1.0"
-    save_model(root / "65x512x512", latte_state(), {"_class_name": "LatteT2V"}, stem="diffusion_pytorch_model")
+    root, released = tmp_path / "Open-Sora-Plan-v1.1.0", {"_class_name": "LatteT2V"}
+    save_model(root / "65x512x512", latte_state(), released | {"use_rope": False}, stem="diffusion_pytorch_model")
+    torch.save(latte_state(), tmp_path / "latte.pt")
+    assert said(tmp_path / "latte.pt", capsys)[0] == "latte.pt: LatteT2V of Open-Sora-Plan 1.0 or 1.1"
+    save_model(tmp_path / "Plan-v1.0.0", latte_state(), released)
+    assert said(tmp_path / "Plan-v1.0.0", capsys)[0] == "Plan-v1.0.0: LatteT2V of Open-Sora-Plan 1.0"
     (root / "vae").mkdir()
     content = config_to_dict(CAUSAL_VAE) | {"_class_name": "CausalVAEModel"}
     del content["config_type"]
@@ -92,7 +96,7 @@ def test_a_repository_of_open_sora_plan_lists_its_parts(tmp_path, capsys):
         {"ema_state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, root / "vae" / "x.ckpt"
     )
     lines = said(root, capsys)
-    assert lines[0] == "Open-Sora-Plan-v1.1.0/65x512x512: LatteT2V of Open-Sora-Plan 1.0 or 1.1"
+    assert lines[0] == "Open-Sora-Plan-v1.1.0/65x512x512: LatteT2V of Open-Sora-Plan 1.1"
     assert lines[1] == "  file        diffusion_pytorch_model.safetensors, 368 bytes"
     vae = lines[lines.index("") + 1 :]
     assert vae[0] == "Open-Sora-Plan-v1.1.0/vae, under 'ema_state_dict': CausalVideoVAE of Open-Sora-Plan"
