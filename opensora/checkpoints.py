@@ -37,7 +37,7 @@ Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<part>[\w.-][\w./-]*))?")
-_HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.model", "*.txt")
+_HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.model", "*.txt")
 
 
 def load_model(

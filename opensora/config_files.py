@@ -6,7 +6,7 @@ import types
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from opensora.config import LatteT2VConfig, VideoVAEConfig
+from opensora.config import LatteT2VConfig, STDiT2Config, VideoVAEConfig
 
 Config = TypeVar("Config")
 
@@ -43,9 +43,9 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def config_from_dict(config_type: type[Config], content: dict[str, Any]) -> Config:
     """Build a (nested) configuration dataclass from JSON content.
 
-    The VAE's released layout (`vae_2d`, `vae_temporal`) is translated, and a released LatteT2V gets the version that
-    its fields tell. Fields that only steer upstream's own loading are dropped; any other unknown field is refused,
-    since it may change what the model computes. Errors: ConfigError.
+    The VAE's released layout (`vae_2d`, `vae_temporal`) is translated; a released LatteT2V gets the version that its
+    fields tell, a released STDiT2 its order of rotation and norm. Fields that only steer upstream's own loading are
+    dropped; any other unknown field is refused, since it may change what the model computes. Errors: ConfigError.
     """
     if not isinstance(content, dict):
         raise ConfigError(f"{config_type.__name__}: expected an object, got {type(content).__name__}")
@@ -54,6 +54,9 @@ def config_from_dict(config_type: type[Config], content: dict[str, Any]) -> Conf
     if config_type is LatteT2VConfig and "_class_name" in content:
         # Upstream writes every argument, and 1.0 had none for rotations.
         content = {"version": "1.1" if "use_rope" in content else "1.0", **content}
+    if config_type is STDiT2Config and "config_type" not in content:
+        # Open-Sora 1.1, of which all released weights are, rotated before the norm; the field came with 1.2's code.
+        content = {"qk_norm_legacy": content.get("qk_norm", False), **content}
     hints = get_type_hints(config_type)
     known = {item.name for item in fields(config_type)}  # type: ignore[arg-type]
     unknown = sorted(name for name in content if name not in known | _RELEASED_ONLY and not name.startswith("_"))

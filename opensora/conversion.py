@@ -14,7 +14,7 @@ from torch import Tensor
 from opensora.checkpoints import CheckpointError, replace_files, save_model
 from opensora.config import VideoVAEConfig
 from opensora.families import Family, find, recognise
-from opensora.family_models import OURS, empty_model, read_config
+from opensora.family_models import OURS, compare, empty_model, read_config
 from opensora.inspection import config_beside
 from opensora.placements import POSITION_TABLES, Placement, plan
 from opensora.weight_files import WeightFile, weight_files
@@ -79,9 +79,12 @@ def _tensors(files: list[WeightFile]) -> Iterator[tuple[str, Tensor]]:
 
 def _places(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]], location: Path) -> dict[str, Placement]:
     """Where each stored tensor goes that is to be kept. Errors: CheckpointError unless all keys are there."""
-    model = empty_model(family, config) if family.name in OURS else None
-    if model is None:
+    if family.name not in OURS:
+        report = compare(family, config, shapes).report
+        if report is not None and (report.missing or report.mis_shaped):  # their loaders pass over other keys
+            raise CheckpointError(f"{location}: does not fit {family.name}: {report}")
         return {name: Placement(name, shape) for name, shape in shapes.items()}
+    model = empty_model(family, config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     not_loaded = getattr(model, "keys_not_loaded", ())
     stored = {name: shape for name, shape in shapes.items() if not name.startswith(not_loaded)}

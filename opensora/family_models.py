@@ -70,7 +70,10 @@ def read_config(family: Family, config: Mapping[str, Any] | None, shapes: Mappin
 
 
 def compare(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
-    """Compare keys and shapes with those of the family's model under `config`, as `read_config` gives it."""
+    """Compare keys and shapes with those of the family's model under `config`, as `read_config` gives it.
+
+    Errors: ConfigError for a configuration that no model can be built from.
+    """
     model = empty_model(family, config)
     if model is None:
         return Fit(why_not=f"there is no {family.name} here to compare with")
@@ -79,12 +82,24 @@ def compare(family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]]) 
     stored = {name: shape for name, shape in shapes.items() if not name.startswith(not_loaded)}
     if family.name == "T5":  # the same matrix under two names
         wanted.pop("encoder.embed_tokens.weight", None)
-        stored.pop("encoder.embed_tokens.weight", None)
+        embedding = stored.pop("encoder.embed_tokens.weight", None)
+        if embedding is not None:
+            stored.setdefault("shared.weight", embedding)
     return Fit(sum(parameter.numel() for parameter in model.parameters()), plan(stored, wanted)[1])
 
 
 def empty_model(family: Family, config: Any) -> nn.Module | None:
-    """The family's model on the meta device; None where there is no class for it."""
+    """The family's model on the meta device; None where there is no class for it.
+
+    Errors: ConfigError for a configuration that no model can be built from.
+    """
+    try:
+        return _build_empty(family, config)
+    except Exception as error:  # libraries raise what they like at a field that does not fit the others
+        raise ConfigError(f"{family.name}: cannot be built from its configuration: {error}") from error
+
+
+def _build_empty(family: Family, config: Any) -> nn.Module | None:
     with torch.device("meta"):
         if family.name in OURS:
             return OURS[family.name][0](config)

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,9 @@ def _inspect_one(location: Path) -> Part:
     dtypes = Counter(str(dtype).removeprefix("torch.") for file in files for dtype in file.dtypes().values())
     content = config_beside(location, recognise(shapes))
     family = recognise(shapes, content)
-    fit, config, source = _compare(family, content, shapes)
+    fit, config, source = _compare(family, content, shapes, location)
+    if family is not None and family.name == "LatteT2V" and config and config.get("version") in ("1.0", "1.1"):
+        family = replace(family, release=f"Open-Sora-Plan {config['version']}")  # keys alone do not tell
     return Part(
         path=location,
         family=family,
@@ -103,7 +105,7 @@ def _inspect_one(location: Path) -> Part:
 
 
 def _compare(
-    family: Family | None, content: dict[str, Any] | None, shapes: dict[str, tuple[int, ...]]
+    family: Family | None, content: dict[str, Any] | None, shapes: dict[str, tuple[int, ...]], location: Path
 ) -> tuple[Fit, dict[str, Any] | None, str | None]:
     """The fit, the configuration's fields, and where they come from."""
     source = "config.json" if content is not None else "weights"
@@ -111,9 +113,10 @@ def _compare(
         return Fit(why_not="its keys are of no family known here"), content, source if content else None
     try:
         config = read_config(family, content, shapes)
+        return compare(family, config, shapes), asdict(config) if is_dataclass(config) else config, source
     except ConfigError as error:
-        return Fit(why_not=str(error)), content, source if content else None
-    return compare(family, config, shapes), asdict(config) if is_dataclass(config) else config, source
+        why_not = str(error) if content is None else f"{_config_path(location)}: {error}"
+        return Fit(why_not=why_not), content, source if content else None
 
 
 def config_beside(location: Path, family: Family | None) -> dict[str, Any] | None:
@@ -121,7 +124,7 @@ def config_beside(location: Path, family: Family | None) -> dict[str, Any] | Non
 
     Errors: CheckpointError.
     """
-    path = (location if location.is_dir() else location.parent) / "config.json"
+    path = _config_path(location)
     if not path.is_file():
         return None
     try:
@@ -131,3 +134,7 @@ def config_beside(location: Path, family: Family | None) -> dict[str, Any] | Non
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold an object, got {type(content).__name__}")
     return None if location.is_file() and family is not None and named_in(content) != family else content
+
+
+def _config_path(location: Path) -> Path:
+    return (location if location.is_dir() else location.parent) / "config.json"

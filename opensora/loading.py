@@ -106,7 +106,8 @@ def load_text_encoder(
     if cache is None:
         return TextEncoder.from_pretrained(source, model_max_length=model_max_length, dtype=dtype, device=device)
     folder = resolve(source)
-    identity = f"{identity_of(folder)}-{model_max_length}-{dtype}"
+    encoder = identity_of(folder, known=Path(cache) / "encoder_digests.json")
+    identity = f"{encoder}-{model_max_length}-{dtype}"
     config = json.loads((folder / "config.json").read_text())
     load = partial(TextEncoder.from_pretrained, folder, model_max_length=model_max_length, dtype=dtype, device=device)
     return CachedTextEncoder(

@@ -73,8 +73,8 @@ def weight_files(location: Path, *, prefer_ema: bool = False) -> list[WeightFile
 
 
 def has_named_weights(folder: Path) -> bool:
-    """Whether a folder holds weights under a usual name. Errors: CheckpointError for an index with files missing."""
-    return bool(_named_weights(folder))
+    """Whether a folder holds weights, or an index of them, under a usual name."""
+    return bool(weight_file_names(folder))
 
 
 def loose_weights(folder: Path) -> list[Path]:
@@ -96,7 +96,7 @@ def weight_file_names(folder: Path) -> list[str]:
 
 def _named_weights(location: Path) -> list[Path]:
     for index in sorted(path for stem in _STEMS for path in location.glob(f"{stem}.*index.json")):
-        names = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+        names = _indexed_files(index)
         absent = [name for name in names if not (location / name).is_file()]
         if absent:
             raise CheckpointError(f"{location}: {index.name} names {', '.join(absent)}, which the folder lacks")
@@ -111,6 +111,17 @@ def _named_weights(location: Path) -> list[Path]:
         if shards:
             return shards
     return []
+
+
+def _indexed_files(index: Path) -> list[str]:
+    try:
+        content = json.loads(index.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise CheckpointError(f"{index}: {error}") from error
+    weight_map = content.get("weight_map", {}) if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: must hold an object whose weight_map gives each weight its file")
+    return sorted(set(weight_map.values()))
 
 
 def _weight_file(path: Path, prefer_ema: bool) -> WeightFile:

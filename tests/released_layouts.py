@@ -34,6 +34,8 @@ VAE_2D = {
     "layers_per_block": 1,
     "norm_num_groups": 2,
 }
+# Fields of ours that Open-Sora 1.1's code did not write.
+_LATER_FIELDS = {"STDiT2": {"qk_norm_legacy", "exact_rope_dtype"}}
 
 
 def named_state(model: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
@@ -98,7 +100,9 @@ def write_hub_folder(folder: Path, name: str, config: object, state: dict[str, T
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    content = {"architectures": [name], "model_type": name, "auto_map": {}, "torch_dtype": "float32", **asdict(config)}
+    later = _LATER_FIELDS.get(name, set())
+    fields = {field: value for field, value in asdict(config).items() if field not in later}
+    content = {"architectures": [name], "model_type": name, "auto_map": {}, "torch_dtype": "float32", **fields}
     (folder / "config.json").write_text(json.dumps(content))
     save_file(state, folder / "model.safetensors")
 

@@ -121,6 +121,7 @@ def test_texts_are_kept_in_a_folder_and_models_leave_the_device(models, tmp_path
     for name in ("first", "again"):
         assert main([*common, "--text-cache", str(cache), "-o", str(tmp_path / f"{name}.mp4")]) == 0
     assert len(list(cache.rglob("*.safetensors"))) == 1
+    assert "model.safetensors" in (cache / "encoder_digests.json").read_text()
     assert (tmp_path / "first.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
 
 

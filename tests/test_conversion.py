@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opensora.checkpoints import load_config, load_model
@@ -15,6 +16,7 @@ from opensora.cli import main
 from opensora.config import CausalVideoVAEConfig, STDiT3Config, VideoVAEConfig
 from opensora.conversion import read_checkpoint, write_checkpoint
 from opensora.models import STDiT, STDiT2, STDiT3
+from opensora.text.tiny import build_tiny_text_encoder
 from opensora.vae import CausalVideoVAE, VideoVAE
 from tests import tiny_models
 from tests.released_layouts import (
@@ -167,6 +169,29 @@ def test_what_is_not_whole_or_does_not_fit_its_layout_is_not_written(tmp_path, c
     with pytest.raises(ValueError, match="out must be a folder for this layout of VideoVAE"):
         write_checkpoint(vae, tmp_path / "vae.safetensors")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "absent"), [("vae", "encoder.conv_in.weight"), ("text_encoder", "encoder.final_layer_norm.weight")]
+)
+def test_models_of_others_that_lack_weights_are_not_written(tmp_path, capsys, part, absent):
+    autoencoder_kl().save_pretrained(tmp_path / "vae")
+    build_tiny_text_encoder(["a"], model_max_length=4).save_pretrained(tmp_path / "text_encoder")
+    (weights,) = (tmp_path / part).glob("*.safetensors")
+    state = load_file(weights)
+    del state[absent]
+    save_file(state, weights)
+    assert main(["convert", str(tmp_path / part), str(tmp_path / "out")]) == 2
+    assert f"1 missing ({absent})" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_t5_encoder_with_its_embedding_under_the_other_name_is_whole(tmp_path):
+    build_tiny_text_encoder(["a"], model_max_length=4).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["encoder.embed_tokens.weight"] = state.pop("shared.weight")
+    save_file(state, tmp_path / "model.safetensors")
+    assert_same(read_checkpoint(tmp_path).state, state)
 
 
 def test_a_full_disk_leaves_the_previous_file_intact(tmp_path, monkeypatch):

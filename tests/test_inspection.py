@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,8 +81,12 @@ def test_a_training_checkpoint_has_a_model_and_its_average(tmp_path, capsys):
 
 
 def test_a_repository_of_open_sora_plan_lists_its_parts(tmp_path, capsys):
-    root = tmp_path / "Open-Sora-Plan-v1.1.0"
-    save_model(root / "65x512x512", latte_state(), {"_class_name": "LatteT2V"}, stem="diffusion_pytorch_model")
+    root, released = tmp_path / "Open-Sora-Plan-v1.1.0", {"_class_name": "LatteT2V"}
+    save_model(root / "65x512x512", latte_state(), released | {"use_rope": False}, stem="diffusion_pytorch_model")
+    torch.save(latte_state(), tmp_path / "latte.pt")
+    assert said(tmp_path / "latte.pt", capsys)[0] == "latte.pt: LatteT2V of Open-Sora-Plan 1.0 or 1.1"
+    save_model(tmp_path / "Plan-v1.0.0", latte_state(), released)
+    assert said(tmp_path / "Plan-v1.0.0", capsys)[0] == "Plan-v1.0.0: LatteT2V of Open-Sora-Plan 1.0"
     (root / "vae").mkdir()
     content = config_to_dict(CAUSAL_VAE) | {"_class_name": "CausalVAEModel"}
     del content["config_type"]
@@ -91,7 +96,7 @@ def test_a_repository_of_open_sora_plan_lists_its_parts(tmp_path, capsys):
         {"ema_state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, root / "vae" / "x.ckpt"
     )
     lines = said(root, capsys)
-    assert lines[0] == "Open-Sora-Plan-v1.1.0/65x512x512: LatteT2V of Open-Sora-Plan 1.0 or 1.1"
+    assert lines[0] == "Open-Sora-Plan-v1.1.0/65x512x512: LatteT2V of Open-Sora-Plan 1.1"
     assert lines[1] == "  file        diffusion_pytorch_model.safetensors, 368 bytes"
     vae = lines[lines.index("") + 1 :]
     assert vae[0] == "Open-Sora-Plan-v1.1.0/vae, under 'ema_state_dict': CausalVideoVAE of Open-Sora-Plan"
@@ -134,6 +139,27 @@ def test_a_damaged_part_does_not_hide_the_others(tmp_path, capsys):
     assert lines[0].endswith("PixArt.pth: PixArt of PixArt-alpha or PixArt-Sigma, for images")
     assert lines[-2].endswith("cut.safetensors: not recognised")
     assert "  error       " in lines[-1]
+
+
+def test_a_configuration_that_cannot_be_built_and_a_broken_index_do_not_hide_the_other_parts(tmp_path, capsys):
+    root = tmp_path / "models"
+    write_hub_folder(root / "a", "STDiT3", replace(STDIT3, num_heads=5), named_state(STDiT3(STDIT3)))
+    autoencoder_kl().save_pretrained(root / "b")
+    (root / "b" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": []}))
+    for name, index in (("c", "{"), ("d", "[]"), ("e", '{"weight_map": {"layer.weight": 3}}')):
+        (root / name).mkdir()
+        (root / name / "model.safetensors.index.json").write_text(index)
+    write_hub_folder(root / "f", "STDiT3", STDIT3, named_state(STDiT3(STDIT3)))
+    parts = "\n".join(said(root, capsys)).split("\n\n")
+    assert len(parts) == 6
+    assert "keys        not compared: models/a/config.json: STDiT3: cannot be built from its config" in parts[0]
+    assert "num_heads" in parts[0].splitlines()[-1]
+    assert "keys        not compared: models/b/config.json: AutoencoderKL: cannot be built" in parts[1]
+    assert "error       models/c/model.safetensors.index.json: Expecting property name" in parts[2]
+    for part, name in zip(parts[3:5], "de", strict=True):
+        assert f"error       models/{name}/model.safetensors.index.json: must hold an object whose weight_map" in part
+    assert parts[5].endswith("keys        every key found its place")
+    assert "c/model.safetensors.index.json: Expecting property name" in refused(root / "c", capsys)
 
 
 def test_what_is_no_checkpoint_is_one_line_and_status_2(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,20 @@ from torch import Tensor
 
 from opensora.checkpoints import CheckpointError, load_model, load_weights, resolve, save_config, save_model
 from opensora.config import STDiT2Config, STDiT3Config
-from opensora.models import STDiT, STDiT3
+from opensora.config_files import config_from_dict
+from opensora.models import STDiT, STDiT2, STDiT3
+from opensora.vae import FrameVAE
 from opensora.weight_files import weight_files
-from tests.released_layouts import STDIT, STDIT3, autoencoder_kl, named_state, write_training_checkpoint
+from tests.released_layouts import (
+    STDIT,
+    STDIT2,
+    STDIT3,
+    VAE_2D,
+    autoencoder_kl,
+    named_state,
+    write_hub_folder,
+    write_training_checkpoint,
+)
 
 
 def read(location: Path, *, prefer_ema: bool = False) -> dict[str, Tensor]:
@@ -84,6 +96,16 @@ def test_open_sora_1_0_loads_from_its_file_and_keeps_its_own_position_tables(tmp
     assert torch.equal(load_model(tmp_path / "ours", STDiT, type(STDIT)).pos_embed, model.pos_embed)
 
 
+def test_open_sora_1_1_rotates_before_the_norm_though_its_configuration_has_no_field_for_it(tmp_path):
+    write_hub_folder(tmp_path / "STDiT-v2", "STDiT2", STDIT2, named_state(STDiT2(STDIT2)))
+    assert "qk_norm_legacy" not in json.loads((tmp_path / "STDiT-v2" / "config.json").read_text())
+    assert load_model(tmp_path / "STDiT-v2", STDiT2, STDiT2Config).config == STDIT2
+    released = {"architectures": ["STDiT2"], "qk_norm": True}
+    assert not config_from_dict(STDiT2Config, released | {"qk_norm_legacy": False}).qk_norm_legacy
+    assert not config_from_dict(STDiT2Config, released | {"qk_norm": False}).qk_norm_legacy
+    assert not config_from_dict(STDiT2Config, {"config_type": "STDiT2Config", "qk_norm": True}).qk_norm_legacy
+
+
 def test_averaged_weights_reach_the_model(tmp_path):
     last, averaged = named_state(STDiT3(STDIT3), seed=1), named_state(STDiT3(STDIT3), seed=2)
     folder = tmp_path / "epoch0-global_step1"
@@ -106,6 +128,16 @@ def test_an_image_vae_with_the_attention_names_of_older_files_loads(tmp_path):
     other = autoencoder_kl(seed=1)
     load_weights(other, tmp_path)
     assert_same(other.state_dict(), dict(vae.state_dict()))
+
+
+def test_an_image_vae_that_lacks_a_weight_is_refused(tmp_path):
+    state = dict(autoencoder_kl().state_dict())
+    save_model(tmp_path, state, VAE_2D | {"_class_name": "AutoencoderKL"}, stem="diffusion_pytorch_model")
+    assert_same(dict(FrameVAE.from_pretrained(tmp_path).spatial_vae.module.state_dict()), state)
+    del state["decoder.conv_in.bias"], state["encoder.conv_in.weight"]
+    save_model(tmp_path, state, VAE_2D | {"_class_name": "AutoencoderKL"}, stem="diffusion_pytorch_model")
+    with pytest.raises(ValueError, match=r"every weight, lacks 2: decoder\.conv_in\.bias, encoder\.conv_in\.weight$"):
+        FrameVAE.from_pretrained(tmp_path)
 
 
 def test_a_checkpoint_of_another_family_is_named(tmp_path):
@@ -134,7 +166,7 @@ def test_a_part_of_a_hub_repository_is_named_after_a_colon(tmp_path, monkeypatch
     (tmp_path / "vae").mkdir()
     assert resolve("LanguageBind/Open-Sora-Plan-v1.1.0:vae") == tmp_path / "vae"
     assert asked[0][0] == "LanguageBind/Open-Sora-Plan-v1.1.0"
-    assert "vae/*.safetensors" in asked[0][1]
+    assert {f"vae/*.{suffix}" for suffix in ("safetensors", "bin", "pt", "pth", "ckpt", "json")} <= set(asked[0][1])
     assert "*.safetensors" not in asked[0][1]
     assert resolve("hpcai-tech/OpenSora-STDiT-v3") == tmp_path
     with pytest.raises(CheckpointError, match="LanguageBind/Plan on the hub has no 65x512x512"):

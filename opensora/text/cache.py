@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,21 +18,61 @@ from opensora.text.t5 import TextEncoder
 _READ_AT_ONCE = 1 << 20
 
 
-def identity_of(folder: str | Path) -> str:
-    """A digest of an encoder's folder: names and sizes of its files, all of the small ones, the head of the large.
+def identity_of(folder: str | Path, *, known: Path | None = None) -> str:
+    """A digest of an encoder's folder: names and whole contents of its files.
 
-    The head of a safetensors file holds names, dtypes and shapes, and the first weights. Errors: ValueError for
-    something else than a folder with a config.json.
+    known: a JSON file that keeps digests by path, size and time of change in ns, so that 19 GB are read once; what it
+    lacks is added. A file that changes and keeps all three counts as the same there. Errors: ValueError for something
+    else than a folder with a config.json.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"text encoder: must be a folder with a config.json to be recognised, got {folder}")
-    digest = hashlib.sha256()
+    before = _read_digests(known) if known is not None else {}
+    digests, identity = dict(before), hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
-        with path.open("rb") as stream:
-            digest.update(stream.read(_READ_AT_ONCE))
+        status = path.stat()
+        key = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+        if key not in digests:
+            digests[key] = _digest_of(path)
+        identity.update(f"{path.name}:{digests[key]}:".encode())
+    if known is not None and digests != before:
+        with suppress(OSError):  # a cache that may only be read still serves, slower
+            known.parent.mkdir(parents=True, exist_ok=True)
+            with _replacing(known) as temporary:
+                temporary.write_text(json.dumps(digests, indent=1))
+    return identity.hexdigest()
+
+
+def _digest_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_READ_AT_ONCE):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def _read_digests(path: Path) -> dict[str, str]:
+    """Empty for a file that is absent or damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the name `path` when the block ends well, and vanishes when it does not."""
+    handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class TextCache:
@@ -59,15 +100,9 @@ class TextCache:
 
         path = self._path(caption)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-        os.close(handle)
-        try:
-            tensors = {"embedding": embedding_LC.cpu().contiguous(), "mask": mask_L.cpu().contiguous()}
+        tensors = {"embedding": embedding_LC.cpu().contiguous(), "mask": mask_L.cpu().contiguous()}
+        with _replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"caption": caption})
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
     def _path(self, caption: str) -> Path:
         name = hashlib.sha256(json.dumps([self.identity, caption]).encode()).hexdigest()

@@ -54,16 +54,22 @@ class TextEncoder(nn.Module):
     ) -> TextEncoder:
         """Load a local folder (config.json, safetensors, tokenizer files) or a hub id such as DeepFloyd/t5-v1_1-xxl.
 
-        Errors: ValueError for a folder that is missing or has no config.json; OSError for an unknown hub id.
+        Errors: ValueError for a folder that is missing or has no config.json, and for weights that are missing; OSError
+        for an unknown hub id.
         """
         is_folder = Path(path).is_dir() or str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1
         if is_folder and not (Path(path) / "config.json").is_file():
             raise ValueError(f"text encoder: folder must hold config.json, safetensors and tokenizer files, got {path}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = T5EncoderModel.from_pretrained(path, dtype=dtype).eval()
+            model, found = T5EncoderModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
         except (ValueError, OSError) as error:  # transformers' own text does not say which folder
             raise type(error)(f"text encoder: {path} must hold a T5 encoder and its tokenizer: {error}") from error
+        missing = sorted(found["missing_keys"])
+        if missing:  # transformers draws them, and only warns; what it has tied to other weights is not among them
+            names = ", ".join(missing[:12])
+            raise ValueError(f"text encoder: {path} must hold every weight, lacks {len(missing)}: {names}")
+        model = model.eval()
         return cls(model.to(device) if device is not None else model, tokenizer, model_max_length=model_max_length)
 
     def save_pretrained(self, folder: str | Path) -> None:

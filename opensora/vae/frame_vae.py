@@ -45,16 +45,21 @@ class FrameVAE(nn.Module):
     ) -> FrameVAE:
         """Load an AutoencoderKL in diffusers' layout, as stabilityai/sd-vae-ft-ema: a folder or hub id.
 
-        Errors: ValueError for a folder that holds none.
+        Errors: ValueError for a folder that holds none, or one with weights missing.
         """
         from diffusers import AutoencoderKL
 
         is_lean = find_spec("accelerate") is not None  # diffusers says on five lines that it would like to be asked
         try:
-            module = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=is_lean)
+            module, found = AutoencoderKL.from_pretrained(
+                folder, torch_dtype=dtype, low_cpu_mem_usage=is_lean, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"vae: {folder} must hold an AutoencoderKL in diffusers' layout: {reason}") from error
+        missing = sorted(found["missing_keys"])
+        if missing:  # diffusers draws them, and only warns
+            raise ValueError(f"vae: {folder} must hold every weight, lacks {len(missing)}: {', '.join(missing[:12])}")
         return cls(module, micro_batch_size).to(device).eval()
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from opensora.text import cache
 from opensora.text.cache import CachedTextEncoder, TextCache, identity_of
 from opensora.text.tiny import build_tiny_text_encoder
 
@@ -66,3 +67,39 @@ def test_an_identity_follows_the_files_of_the_encoder(tmp_path):
     assert identity_of(tmp_path) != before
     with pytest.raises(ValueError, match=r"folder with a config\.json"):
         identity_of(tmp_path / "absent")
+
+
+def test_an_identity_follows_the_last_byte_of_a_large_file(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = bytearray(3 << 20)
+    identities = set()
+    for last in (0, 1):
+        weights[-1] = last
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        identities.add(identity_of(tmp_path))
+    assert len(identities) == 2
+
+
+def test_files_are_hashed_once_and_again_when_they_change(tmp_path, monkeypatch):
+    folder, known = tmp_path / "encoder", tmp_path / "cache" / "digests.json"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"first")
+    read, digest_of = [], cache._digest_of
+    monkeypatch.setattr(cache, "_digest_of", lambda path: read.append(path.name) or digest_of(path))
+    first = identity_of(folder, known=known)
+    assert read == ["config.json", "model.safetensors"]
+    assert identity_of(folder, known=known) == first == identity_of(folder)
+    assert len(read) == 4  # two of the call that knows none
+    (folder / "model.safetensors").write_bytes(b"second")
+    assert identity_of(folder, known=known) == identity_of(folder) != first
+    assert read[4:] == ["model.safetensors", "config.json", "model.safetensors"]
+    assert [path.name for path in known.parent.iterdir()] == ["digests.json"]
+    known.write_text("{")
+    assert identity_of(folder, known=known) == identity_of(folder)
+
+
+def test_a_cache_that_cannot_be_written_still_tells_the_identity(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    assert identity_of(tmp_path, known=tmp_path / "file" / "digests.json") == identity_of(tmp_path)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from opensora.text.t5 import TextEncoder
@@ -60,6 +61,20 @@ def test_a_saved_folder_loads_the_same_encoder(encoder: TextEncoder, tmp_path: P
     assert torch.equal(loaded.encode(CAPTIONS)[0], encoder.encode(CAPTIONS)[0])
     assert TextEncoder.from_pretrained(tmp_path, dtype=torch.bfloat16).encode(["a"])[0].dtype == torch.bfloat16
     assert TextEncoder.from_pretrained(tmp_path, model_max_length=5).encode(["a"])[0].shape[2] == 5
+
+
+def test_missing_weights_are_refused_and_tied_ones_are_not_missing(encoder: TextEncoder, tmp_path: Path):
+    encoder.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    state = load_file(weights)
+    shared = state.pop("shared.weight")
+    save_file(state | {"encoder.embed_tokens.weight": shared}, weights, metadata={"format": "pt"})
+    assert torch.equal(TextEncoder.from_pretrained(tmp_path).encode(CAPTIONS)[0], encoder.encode(CAPTIONS)[0])
+    absent = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    del state[absent]
+    save_file(state | {"shared.weight": shared}, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"text encoder: .* must hold every weight, lacks 1: {absent}$"):
+        TextEncoder.from_pretrained(tmp_path)
 
 
 def test_the_seed_alone_decides_the_weights():
