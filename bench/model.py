@@ -1,5 +1,6 @@
 """`python -m bench model`: whole decodes, encodes, denoising and training steps of Open-Sora 1.2, with random weights;
-decodes of Open-Sora-Plan 1.1 and of diffusers' video VAEs too, beside what they are without us.
+denoising of Open-Sora 1.0, 1.1 and Open-Sora-Plan; decodes of the latter and of diffusers' video VAEs, beside what they
+are without us.
 
 Automatic: every operator on the backend it chooses here. Triton: on that where possible. Reference: PyTorch's own
 operators one by one, the form in which the original is written. torch.compile is of the latter. As for operators, no
@@ -29,7 +30,7 @@ from bench.about import about_this_run, check_device, json_file, output_folder
 from bench.cases import DTYPES
 from bench.decoders import DECODERS, QUICK
 from bench.measure import Ceilings, measure_ceilings, peak_bytes, time_calls, why_wrong
-from bench.models import SCALES, WHAT, Size, Step
+from bench.models import RELEASED_OTHERS, SCALES, WHAT, Size, Step
 from bench.record import Record, failure
 from bench.table import compare, header, line
 from opensora_kernels import backends, use
@@ -167,8 +168,7 @@ class Checked:
 
 
 def sizes_of(what: str, options: argparse.Namespace) -> tuple[Size, ...]:
-    scale = SCALES[options.scale]
-    return scale.clips_trained if what.startswith("train") else scale.clips
+    return SCALES[options.scale].clips_of(what)
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -177,7 +177,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m bench model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--what", nargs="+", default=["denoise", "vae_decode", "vae_encode"], metavar="STEP",
+    add("--what", nargs="+", default=["denoise", "vae_decode", "vae_encode", *RELEASED_OTHERS], metavar="STEP",
         help=f"of {', '.join(WHAT)}, with spaces or commas between; default: %(default)s")  # fmt: skip
     add(
         "--models",

@@ -6,7 +6,7 @@ Axes: B batch, C channels, T frames, H height, W width, L text tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from opensora.config import STDiT3Config, VAELossConfig, VideoVAEConfig
+from opensora.models import LatteT2V, STDiT, STDiT2
 from opensora.models.stdit3 import STDiT3
-from opensora.presets import tiny
+from opensora.presets import open_sora_plan_v1_1, open_sora_v1_0, open_sora_v1_1, tiny
 from opensora.schedulers.rectified_flow import RectifiedFlow
 from opensora.vae import VAELoss, VideoVAE
 from opensora_kernels.cases import Maker
@@ -24,22 +25,61 @@ Size = tuple[int, int, int]  # frames, height, width in pixels
 
 
 @dataclass(frozen=True)
+class Other:
+    """A transformer of another system and clips of its releases, smallest first; frames of a latent after the first."""
+
+    kind: type[nn.Module]
+    config: Any
+    clips: tuple[Size, ...]
+    time_factor: int = 1
+
+
+@dataclass(frozen=True)
 class Scale:
-    """Models of one size and the clips that they are run on, smallest first."""
+    """Models of one size and the clips that they are run on, smallest first. others: by the name of their step."""
 
     vae: VideoVAEConfig
     transformer: STDiT3Config
     clips: tuple[Size, ...]
     clips_trained: tuple[Size, ...]
+    others: dict[str, Other] = field(default_factory=dict)
+
+    def clips_of(self, what: str) -> tuple[Size, ...]:
+        if what in self.others:
+            return self.others[what].clips
+        return self.clips_trained if what.startswith("train") else self.clips
+
+
+_NARROW = {"hidden_size": 144, "depth": 2, "num_heads": 6, "caption_channels": 64, "model_max_length": 24}
+_NARROW_LATTE = {"num_attention_heads": 6, "attention_head_dim": 24, "cross_attention_dim": 144, "num_layers": 2}
+_PLAN = open_sora_plan_v1_1.transformer
+RELEASED_OTHERS = {
+    "denoise_1.0": Other(STDiT, open_sora_v1_0.transformer("16x512x512"), ((16, 256, 256), (16, 512, 512))),
+    "denoise_1.1": Other(STDiT2, open_sora_v1_1.transformer(), ((16, 240, 426), (48, 480, 854))),
+    "denoise_plan": Other(LatteT2V, _PLAN("65x512x512"), ((65, 512, 512),), time_factor=4),
+}
+TINY_OTHERS = {
+    "denoise_1.0": Other(STDiT, replace(open_sora_v1_0.transformer(), **_NARROW), ((4, 64, 64),)),
+    "denoise_1.1": Other(STDiT2, replace(open_sora_v1_1.transformer(), **_NARROW), ((4, 64, 64),)),
+    "denoise_plan": Other(
+        LatteT2V,
+        replace(_PLAN(), **_NARROW_LATTE, sample_size=(8, 8), video_length=5, caption_channels=64, model_max_length=24),
+        ((17, 64, 64),),
+        time_factor=4,
+    ),
+}
 
 
 SCALES = {
-    "tiny": Scale(tiny.vae(), tiny.transformer(), ((17, 64, 64), (34, 64, 64), (68, 64, 64)), ((17, 64, 64),)),
+    "tiny": Scale(
+        tiny.vae(), tiny.transformer(), ((17, 64, 64), (34, 64, 64), (68, 64, 64)), ((17, 64, 64),), TINY_OTHERS
+    ),
     "open-sora-v1.2": Scale(
         VideoVAEConfig(),
         STDiT3Config(),
         ((51, 240, 426), (102, 240, 426), (51, 480, 854), (51, 720, 1280)),
         ((51, 240, 426),),
+        RELEASED_OTHERS,
     ),
 }
 
@@ -65,6 +105,27 @@ def _denoise(scale: Scale, size: Size, drawn: torch.dtype, dtype: torch.dtype, d
         flow.sample, model, z, y, null_y, mask, arguments=arguments, num_sampling_steps=num_steps, cfg_scale=7.0
     )
     return Step(run, [*model.parameters(), z, y, null_y])
+
+
+def _denoise_other(
+    what: str, scale: Scale, size: Size, drawn: torch.dtype, dtype: torch.dtype, device: str, num_steps: int
+) -> Step:
+    """Both halves of a guided batch, with what a prompt needs once inside, as a sampler asks for them."""
+    other = scale.others[what]
+    model, draw = _built(other.kind, other.config, drawn, dtype, device), _drawing(drawn, dtype, device)
+    num_frames, height, width = size
+    length, channels = other.config.model_max_length, other.config.caption_channels
+    x = draw(1, other.config.in_channels, 1 + (num_frames - 1) // other.time_factor, height // 8, width // 8)
+    y, mask = draw(2, 1, length, channels), torch.arange(length, device=device)[None] < max(1, 2 * length // 3)
+    told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": 24}
+    told = {name: torch.full((1,), float(value), device=device) for name, value in told.items()}
+    times = [torch.full((1,), 1000.0 * (i + 1) / (num_steps + 1), device=device) for i in range(num_steps)]
+
+    def run() -> list[Tensor]:
+        denoise = model.denoiser(y, mask, **told)
+        return [denoise(x, t) for t in times]
+
+    return Step(run, [*model.parameters(), x, y])
 
 
 def _vae_decode(scale: Scale, size: Size, drawn: torch.dtype, dtype: torch.dtype, device: str, num_steps: int) -> Step:
@@ -107,7 +168,7 @@ WHAT: dict[str, MakeStep] = {
     "vae_encode": _vae_encode,
     "train": _train,
     "train_vae": _train_vae,
-}
+} | {name: partial(_denoise_other, name) for name in RELEASED_OTHERS}
 
 
 def _conditions(scale: Scale, size: Size, draw: Draw, device: str) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
