@@ -15,6 +15,7 @@ from opensora.data.reading import read_frames
 from opensora.sampler import Sampler
 from opensora.sampling import generation
 from opensora.sampling.guides import Guide
+from opensora.sampling.requests import clip_size
 from opensora.video import write_mp4, write_png
 from tests.tiny_systems import SYSTEMS, load_system, sampling, save_system
 
@@ -51,11 +52,14 @@ def files(system, tmp_path) -> dict[str, str]:
 
 
 def written(sampler: Sampler, folder: Path) -> dict[str, str]:
-    """An image and a video of the clip's size."""
+    """An image and a video of the clip's size and frame rate."""
     side, count = sampler.defaults.image_size[0], int(sampler.defaults.num_frames)
     frames = torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(1)).byte()
     image = write_png(folder / "image.png", frames[0])
-    return {"image": str(image), "video": str(write_mp4(folder / "video.mp4", frames, fps=8, crf=1))}
+    return {
+        "image": str(image),
+        "video": str(write_mp4(folder / "video.mp4", frames, fps=clip_size(sampler.defaults).save_fps, crf=1)),
+    }
 
 
 def make(sampler: Sampler, prompt: str = PROMPT, seed: int = 1, guide: Guide | None = None, **options) -> Tensor:
