@@ -85,8 +85,8 @@ def test_every_family_of_sizes_is_measured_in_both_directions(direction: str, tm
     assert {row["op"] for row in rows} == set(backends.ops())
     for row in rows:
         assert "failed" not in row, row
-        if row["kind"] == "backend":
-            assert ("median" in row) != ("skipped" in row), row
+        if row["kind"] == "backend":  # how accurate each is, for many inputs, is for the contract to say
+            assert sum(key in row for key in ("median", "skipped", "wrong")) == 1, row
     if direction == "forward":
         with_a_peer = {row["op"] for row in rows if row["kind"] == "peer" and "median" in row}
         assert set(backends.ops()) - with_a_peer == {"attention", "pack_shards", "unpack_shards"}

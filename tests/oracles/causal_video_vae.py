@@ -120,7 +120,8 @@ def tail_init(case: Case) -> Iterator[Check]:
     outputs = case.outputs
     yield Check("2d.moments_per_frame", posterior.moments[:, :, 0], outputs["2d.moments_per_frame"], max_abs=LIMIT)
     decoded = image_vae.decode_unscaled(posterior.mode())[:, :, 0]
-    yield Check("2d.decode_per_frame", decoded, outputs["2d.decode_per_frame"], max_abs=LIMIT)
+    expected = outputs["2d.decode_per_frame"]  # reaches 2.5, and the limit is for values of order 1
+    yield Check("2d.decode_per_frame", decoded, expected, max_abs=LIMIT * float(expected.abs().max()))
 
     for version, preset in (("v1.0", open_sora_plan_v1_0), ("v1.1", open_sora_plan_v1_1)):
         vae = CausalVideoVAE(
