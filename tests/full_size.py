@@ -82,8 +82,8 @@ def _stdit_forward(model: nn.Module) -> Tensor:
 
 
 def _vae_forward(model: VideoVAE) -> Tensor:
-    """5 frames of 32 x 32 pixels, encoded and decoded."""
-    x = torch.rand(1, 3, 5, 32, 32, dtype=torch.bfloat16) * 2 - 1
+    """5 frames of 16 x 16 pixels, encoded and decoded."""
+    x = torch.rand(1, 3, 5, 16, 16, dtype=torch.bfloat16) * 2 - 1
     return model.decode(model.encode(x, sample_posterior=False), 5)
 
 
