@@ -130,7 +130,7 @@ def check_guide(guide: Guide, shape: ClipShape, vae: VideoCoder, num_loops: int,
             f"but {given[0]} and {given[1]} are given; see condition_frame_length"
         )
     if guide.edit_region:
-        _check_region(guide.edit_region, shape)
+        _read_region(guide.edit_region, shape)
 
 
 def _count(name: str, path: str, fps: float) -> int:
@@ -142,11 +142,12 @@ def _count(name: str, path: str, fps: float) -> int:
     return len(frames_at_rate(info.num_frames, info.fps, fps))
 
 
-def _check_region(region: str, shape: ClipShape) -> None:
+def _read_region(region: str, shape: ClipShape) -> Tensor:
+    """What is made anew, bool (T or 1, H, W). Errors: ValueError for a box outside of the picture, a file that cannot
+    be used, and one that names nothing."""
     box = parse_box(region)
     if box is not None:
-        box_mask(box, shape.height, shape.width)
-        return
+        return box_mask(box, shape.height, shape.width)
     try:
         have = probe(region).num_frames
         frames = read_frames(region, range(min(have, shape.num_frames)))
@@ -156,13 +157,10 @@ def _check_region(region: str, shape: ClipShape) -> None:
         ) from error
     if have != 1 and have < shape.num_frames:
         raise ValueError(f"edit_region: {region} must have 1 frame or at least {shape.num_frames}, got {have}")
-    if not _bright(transform_frames(frames, (shape.height, shape.width))).any():
+    is_bright = transform_frames(frames, (shape.height, shape.width)).amax(dim=0) > 0  # any colour above half
+    if not is_bright.any():
         raise ValueError(f"edit_region: {region} must be bright somewhere, got nothing to edit")
-
-
-def _bright(frames_CTHW: Tensor) -> Tensor:
-    """bool (T, H, W): where any colour is above half."""
-    return frames_CTHW.amax(dim=0) > 0
+    return is_bright
 
 
 def frames_at_rate(num_frames: int, source_fps: float, fps: float, *, from_end: bool = False) -> list[int]:
@@ -193,13 +191,7 @@ def read_source(guide: Guide, shape: ClipShape) -> Source:
         numbers = frames_at_rate(info.num_frames, info.fps, shape.fps, from_end=from_end)
         return transform_frames(read_frames(path, numbers[:count]), size)
 
-    region = None
-    if guide.edit_region:
-        box = parse_box(guide.edit_region)
-        if box is not None:
-            region = box_mask(box, *size)
-        else:
-            region = _bright(transform_frames(read_frames(guide.edit_region), size))[: shape.num_frames]
+    region = _read_region(guide.edit_region, shape) if guide.edit_region else None
     return Source(read(guide.start, from_end=True), read(guide.end), read(guide.edit, count=shape.num_frames), region)
 
 
