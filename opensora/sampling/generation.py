@@ -33,7 +33,7 @@ from opensora.sampling.offload import Workplace
 from opensora.sampling.plan import Plan, Progress
 from opensora.sampling.requests import Request
 from opensora.sampling.stages import StageMeter
-from opensora.schedulers import KnownRegion
+from opensora.schedulers import KnownRegion, with_given_frames
 from opensora_kernels.vae import decode, gather
 
 Texts = dict[str, tuple[Tensor, Tensor]]
@@ -165,7 +165,8 @@ class Generation:
         z, mask_BT = self._given(noise_BCTHW, loop)
         known = self.known
         if mask_BT is not None and not transformer.takes_frame_mask:
-            known, z, mask_BT = _as_region(z, mask_BT, known), noise_BCTHW, None
+            known, z = with_given_frames(known, z, mask_BT, lambda z: noise_BCTHW)
+            mask_BT = None
         y_B1LC, null_B1LC, mask_BL = self._text_of(loop)
         return plan.scheduler.sample(
             transformer,
@@ -188,9 +189,8 @@ class Generation:
                 frames = slice(position, position + latents.shape[1])
                 z[b, :, frames] = latents.to(z)
                 mask_BT[b, frames] = strength
-        if (
-            mask_BT is not None
-        ):  # what is made anew begins as noise: the original's strategies leave the reference there
+        if mask_BT is not None:
+            # What is all made anew begins as noise; the original's strategies leave the reference there.
             z = torch.where((mask_BT < 1).to(z.device)[:, None, :, None, None], z, noise)
         # Nothing is given: the masked path would compute the same and draw noise for nothing.
         return z, None if mask_BT is None or bool((mask_BT == 1).all()) else mask_BT
@@ -217,14 +217,3 @@ class Generation:
         if not torch.equal(null_mask_BL, mask_BL):
             mask_BL = torch.cat([mask_BL, null_mask_BL])
         return y_B1LC, torch.stack(null)[:, None], mask_BL
-
-
-def _as_region(z_BCTHW: Tensor, mask_BT: Tensor, known: KnownRegion | None) -> KnownRegion:
-    """Given frames for a model that has no condition for them: they are pasted at every step."""
-    strength = mask_BT[:, None, :, None, None].to(z_BCTHW.device).float()
-    latents = z_BCTHW.float()
-    if known is not None:
-        is_given = strength < 1
-        latents = torch.where(is_given, latents, known.latents)
-        strength = torch.where(is_given, strength, known.strength)
-    return KnownRegion(latents, strength)

@@ -12,7 +12,7 @@ from opensora.schedulers.dpm_solver import DPMSolver
 from opensora.schedulers.iddpm import IDDPM
 from opensora.schedulers.interface import Scheduler, TrainingScheduler
 from opensora.schedulers.rectified_flow import RectifiedFlow
-from opensora.schedulers.regions import KnownRegion
+from opensora.schedulers.regions import KnownRegion, with_given_frames
 
 __all__ = [
     "IDDPM",
@@ -23,6 +23,7 @@ __all__ = [
     "Scheduler",
     "TrainingScheduler",
     "build",
+    "with_given_frames",
 ]
 
 _SCHEDULERS = {

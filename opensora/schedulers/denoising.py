@@ -61,6 +61,15 @@ def guided(text: Tensor, null: Tensor, scale: float) -> Tensor:
     return null + scale * (text - null)
 
 
+def guided_noise(denoise: Denoise, x: Tensor, t: Tensor, scale: float | None) -> Tensor:
+    """Predicted noise, fp32, of a model asked for null rows first; other channels than x's are dropped."""
+    predicted = denoise(x, t, None).float()[:, : x.shape[1]]
+    if scale is None:
+        return predicted
+    null, text = predicted.chunk(2)
+    return guided(text, null, scale)
+
+
 def guidance_scale(null_y: Tensor | None, asked: float | None, default: float) -> float | None:
     """None without a null text: there is nothing to guide with."""
     if null_y is None:
@@ -120,3 +129,13 @@ def tiled(value: Any, copies: int) -> Any:
     if copies == 1 or not isinstance(value, Tensor) or value.ndim == 0:
         return value
     return value.repeat(copies, *[1] * (value.ndim - 1))
+
+
+def masked_mean(value: Tensor, frame_mask: Tensor | None, loss_mask: Tensor | None = None) -> Tensor:
+    """(B, C, T, H, W) to (B,): over everything, over chosen frames, or over everything with padding as 0."""
+    if frame_mask is not None:
+        per_frame_BT = value.mean(dim=(1, 3, 4))
+        return (per_frame_BT * frame_mask).sum(dim=1) / frame_mask.sum(dim=1)
+    if loss_mask is not None:
+        value = value * loss_mask[:, None].to(value)
+    return value.mean(dim=(1, 2, 3, 4))

@@ -27,7 +27,7 @@ from opensora.schedulers.denoising import (
     check_inputs,
     denoiser,
     guidance_scale,
-    guided,
+    guided_noise,
     noise_source,
     step_count,
 )
@@ -128,10 +128,7 @@ class DiffusersSampler:
                 known = signal * region.latents + sigma * noise
                 z = region.paste(z, known, timesteps[i] / self.config.num_timesteps)
             x = scheduler.scale_model_input(z, t)
-            predicted = denoise(x, t.expand(len(z)), None).float()[:, : z.shape[1]]
-            if scale is not None:
-                null, text = predicted.chunk(2)
-                predicted = guided(text, null, scale)
+            predicted = guided_noise(denoise, x, t.expand(len(z)), scale)
             if self._method.is_two_calls and i % 2 == 0:
                 draw_noise(z)
             with _Drawing(draw_noise, z):

@@ -24,7 +24,7 @@ from opensora.schedulers.denoising import (
     check_inputs,
     denoiser,
     guidance_scale,
-    guided,
+    guided_noise,
     noise_source,
     step_count,
 )
@@ -100,10 +100,7 @@ class DPMSolver:
             if region is not None:
                 known = here.alpha * region.latents + here.sigma * noise
                 z = region.paste(z, known, here.timestep / self.config.num_timesteps)
-            predicted = denoise(z, timesteps_IB[i], None).float()[:, : z.shape[1]]
-            if scale is not None:
-                null, text = predicted.chunk(2)
-                predicted = guided(text, null, scale)
+            predicted = guided_noise(denoise, z, timesteps_IB[i], scale)
             x0 = (z - here.sigma * predicted) / here.alpha
             is_first_order = i == 0 or (i == num_steps - 1 and num_steps < FEW_STEPS)
             z = _step(z, x0, here, there, None if is_first_order else before)

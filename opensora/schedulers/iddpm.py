@@ -24,6 +24,7 @@ from opensora.schedulers.denoising import (
     denoiser,
     guidance_scale,
     guided,
+    masked_mean,
     noise_source,
     per_frame,
     step_count,
@@ -243,7 +244,7 @@ class IDDPM:
         divergence = normal_kl(true_mean, true_log_variance, mean, log_variance)
         likelihood = discretized_normal_nll(x0, mean, 0.5 * log_variance)
         bound = torch.where((t == 0).view(-1, 1, 1, 1, 1), likelihood, divergence) / math.log(2)
-        return LossTerms(_mean(error, frame_mask, loss_mask), _mean(bound, frame_mask, loss_mask))
+        return LossTerms(masked_mean(error, frame_mask, loss_mask), masked_mean(bound, frame_mask, loss_mask))
 
     def training_timesteps(self, batch: int, device: torch.device, *, generator: Generator | None = None) -> Tensor:
         """Random timesteps (B,) int64."""
@@ -302,13 +303,3 @@ def _noise_and_share(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     if output.shape[1] != 2 * channels:
         raise ValueError(f"model: must predict noise and variance, {2 * channels} channels, got {output.shape[1]}")
     return output[:, :channels], output[:, channels:]
-
-
-def _mean(value: Tensor, frame_mask: Tensor | None, loss_mask: Tensor | None) -> Tensor:
-    """(B, C, T, H, W) to (B,): over everything, over chosen frames, or over everything with padding as 0."""
-    if frame_mask is not None:
-        per_frame_BT = value.mean(dim=(1, 3, 4))
-        return (per_frame_BT * frame_mask).sum(dim=1) / frame_mask.sum(dim=1)
-    if loss_mask is not None:
-        value = value * loss_mask[:, None].to(value)
-    return value.mean(dim=(1, 2, 3, 4))

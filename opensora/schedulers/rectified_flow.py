@@ -21,6 +21,7 @@ from opensora.schedulers.denoising import (
     check_inputs,
     denoiser,
     guidance_scale,
+    masked_mean,
     noise_source,
     per_frame,
     step_count,
@@ -165,10 +166,7 @@ class RectifiedFlow:
         error = (velocity.float() - (x0.float() - noise.float())).square()
         if weights is not None:
             error = error * weights.to(error)[t.long().clamp(max=len(weights) - 1)].view(-1, 1, 1, 1, 1)
-        if frame_mask is None:
-            return error.mean(dim=(1, 2, 3, 4))
-        per_frame_BT = error.mean(dim=(1, 3, 4))
-        return (per_frame_BT * frame_mask).sum(dim=1) / frame_mask.sum(dim=1)
+        return masked_mean(error, frame_mask)
 
     def training_timesteps(
         self,
