@@ -7,38 +7,14 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from opensora.config import CausalVideoVAEConfig, DiffusersSamplerConfig, LatteT2VConfig, Preset, SampleConfig
+from opensora.config import CausalVideoVAEConfig, LatteT2VConfig, Preset
+from opensora.presets import open_sora_plan
 
 Clip = Literal["65x512x512", "65x256x256", "17x256x256"]
-REPOSITORY = "LanguageBind/Open-Sora-Plan-v1.0.0"
-TEXT_ENCODER = "DeepFloyd/t5-v1_1-xxl"
 
 
 def preset(clip: Clip = "65x512x512") -> Preset:
-    num_frames, height, width = map(int, clip.split("x"))
-    return Preset(
-        name="open-sora-plan-v1.0" if clip == get_args(Clip)[0] else f"open-sora-plan-v1.0-{clip}",
-        description=f"Open-Sora-Plan 1.0: images and clips of {num_frames} frames of {height} x {width}",
-        vae=f"{REPOSITORY}:vae",
-        transformer=f"{REPOSITORY}:{clip}",
-        text_encoder=TEXT_ENCODER,
-        vae_kind="causal",
-        transformer_config=transformer(clip),
-        scheduler=DiffusersSamplerConfig(sample_method="PNDM", num_sampling_steps=50, cfg_scale=7.5),
-        sample=SampleConfig(
-            num_frames=str(num_frames),
-            resolution=None,
-            aspect_ratio=None,
-            image_size=(height, width),
-            condition_frame_length=1,
-            align=None,
-            aes=None,
-            negative_prompt="",
-            cut_negative=True,
-            dtype="fp16",
-            text_dtype="fp16",
-        ),
-    )
+    return open_sora_plan.preset("1.0", clip, transformer(clip), is_default=clip == get_args(Clip)[0])
 
 
 def vae() -> CausalVideoVAEConfig:
