@@ -13,29 +13,15 @@ import torch
 from torch import nn
 
 from opensora.checkpoints import load_model, resolve
-from opensora.config import (
-    CausalVideoVAEConfig,
-    LatteT2VConfig,
-    Precision,
-    Preset,
-    STDiT2Config,
-    STDiT3Config,
-    STDiTConfig,
-    TransformerConfig,
-    VideoVAEConfig,
-)
-from opensora.models import LatteT2V, STDiT, STDiT2, STDiT3
+from opensora.config import CausalVideoVAEConfig, Precision, Preset, TransformerConfig, VideoVAEConfig
+from opensora.family_models import OURS
 from opensora.parallel import DTYPES
 from opensora.text.cache import CachedTextEncoder, TextCache, identity_of
 from opensora.text.t5 import TextEncoder
 from opensora.vae import CausalVideoVAE, FrameVAE, VideoVAE
 
-TRANSFORMERS: dict[type, Callable[[Any], nn.Module]] = {
-    STDiTConfig: STDiT,
-    STDiT2Config: STDiT2,
-    STDiT3Config: STDiT3,
-    LatteT2VConfig: LatteT2V,
-}
+MODEL_OF: dict[type, Callable[[Any], nn.Module]] = {config: model for model, config in OURS.values()}
+"""The class of each configuration."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ def load_transformer(
     location = resolve(source)
     folder = location if location.is_dir() else location.parent
     given = None if (folder / "config.json").is_file() else config
-    return load_model(location, TRANSFORMERS[type(config)], type(config), config=given, dtype=dtype, device=device)
+    return load_model(location, MODEL_OF[type(config)], type(config), config=given, dtype=dtype, device=device)
 
 
 def load_vae(source: str | Path, preset: Preset, *, dtype: torch.dtype, device: torch.device) -> Any:

@@ -142,8 +142,7 @@ def choose(
 
 def _open_sora(vae: VideoVAE) -> AnyVAE:
     encode_mean = partial(vae.encode, sample_posterior=False)
-    space, time = vae.spatial_vae.factor, vae.temporal_vae.time_factor
-    return AnyVAE(vae, encode_mean, partial(_decoder, vae), space, time, False, None)
+    return AnyVAE(vae, encode_mean, partial(_decoder, vae), vae.space_factor, vae.time_factor, False, None)
 
 
 def _open_sora_plan(vae: CausalVideoVAE) -> AnyVAE:

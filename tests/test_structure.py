@@ -34,7 +34,7 @@ _MODELS = {
 }
 _JOINTS = {
     "sampling": {"config", "conditioning", "data", "schedulers", "text"},
-    "loading": {"checkpoints", "config", "models", "parallel", "text", "vae"},
+    "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
     "sampler": {*_BELOW, "loading", "sampling"},
     "trainer": {*_BELOW, "sampler"},
     "vae_trainer": {*_BELOW},

@@ -13,7 +13,7 @@ from torch import nn
 from opensora import presets
 from opensora.checkpoints import save_model
 from opensora.config import LatteT2VConfig, SampleConfig, STDiT2Config, STDiT3Config, STDiTConfig, TransformerConfig
-from opensora.loading import TRANSFORMERS
+from opensora.loading import MODEL_OF
 from opensora.presets import open_sora_plan_v1_0, open_sora_plan_v1_1
 from opensora.sampler import Sampler
 from opensora.text.tiny import build_tiny_text_encoder
@@ -80,7 +80,7 @@ def save_system(name: str, folder: Path) -> dict[str, Path]:
     system = SYSTEMS[name]
     torch.manual_seed(0)
     system.save_vae(folder / "vae")
-    transformer = TRANSFORMERS[type(system.transformer)](system.transformer)
+    transformer = MODEL_OF[type(system.transformer)](system.transformer)
     for parameter in transformer.parameters():  # zero-initialised layers would hide whole blocks from every test
         if parameter.requires_grad and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
