@@ -3,7 +3,9 @@
 Units: frames and pixels unless a name says `latent`; seconds for durations; timesteps from 0 (clean) to 1000 (noise).
 """
 
+from opensora.config.data import BucketTable, DataConfig
 from opensora.config.preset import Preset, VAEKind
+from opensora.config.runs import OptimizerConfig, ParallelConfig, RunConfig
 from opensora.config.sampling import Precision, SampleConfig
 from opensora.config.schedulers import (
     DiffusersSamplerConfig,
@@ -13,15 +15,7 @@ from opensora.config.schedulers import (
     SampleMethod,
     SchedulerConfig,
 )
-from opensora.config.training import (
-    BucketTable,
-    DataConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    TrainVAEConfig,
-    VAELossConfig,
-)
+from opensora.config.training import TrainConfig
 from opensora.config.transformers import (
     LatteT2VConfig,
     STDiT2Config,
@@ -29,6 +23,7 @@ from opensora.config.transformers import (
     STDiTConfig,
     TransformerConfig,
 )
+from opensora.config.vae_training import TrainVAEConfig, VAELossConfig
 from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VideoVAEConfig
 
 __all__ = [
@@ -40,6 +35,7 @@ __all__ = [
     "IDDPMConfig",
     "LatteT2VConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "Precision",
     "Preset",
     "RectifiedFlowConfig",
