@@ -102,6 +102,8 @@ def device_page(folder: Path) -> str:
         if (folder / f"{name}.json").exists():
             parts += section(read(folder / f"{name}.json"))
             parts += [_picture(path) for path in [folder / OF_SECTIONS[name]] if path.exists()]
+    if (folder / "plain_causal_vae.json").exists():
+        parts += plain_section(read(folder / "plain_causal_vae.json"))
     if (folder / "memory.json").exists():
         parts += memory_section(read(folder / "memory.json"))
     return "\n".join(parts)
@@ -206,6 +208,24 @@ def memory_section(record: Record) -> list[str]:
         "come out are let go.\n"
     )
     return ["## Peak memory of decoders at their released widths, on paper\n", said, _markdown(heads, lines)]
+
+
+def plain_section(record: Record) -> list[str]:
+    """Open-Sora-Plan's VAE at its full size against the same without our operators."""
+    plain, *others = record["rows"]
+    lines = []
+    for row in others:
+        if "skipped" in row:
+            lines.append([f"{row['how']}: not measured: {row['skipped']}", "", "", ""])
+            continue
+        time, memory = (f"{row[name] / plain[name]:.2f}" for name in ("cpu_seconds", "peak_mib"))
+        beyond = (row["peak_mib"] - row["before_mib"]) / (plain["peak_mib"] - plain["before_mib"])
+        lines.append([row["how"], time, memory, f"{beyond:.2f}"])
+    size = f"{record['frames']} x {record['size']} x {record['size']}"
+    clip = f"{record['half']} of {size} pixels, release {record['release']}"
+    said = f"{_made(record)}; {clip}. In units of PyTorch's own calls, one run each in a process of its own.\n"
+    heads = ["runs", "processor time", "peak memory of the process", "beyond weights and libraries"]
+    return ["## Open-Sora-Plan's VAE at full size, beside PyTorch's own calls\n", said, _markdown(heads, lines)]
 
 
 def frames_section(record: Record) -> list[str]:
