@@ -69,9 +69,12 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
+    """Its name, and whether it lacks the matrix unit that makes bf16 products eight times as fast."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [text.split(":", 1)[1].strip() for text in lines if text.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    told = {key.strip(): text.strip() for key, _, text in (line.partition(":") for line in lines)}
+    lacks_amx = "avx512f" in told.get("flags", "") and "amx_bf16" not in told["flags"]
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return f"{name} without AMX" if lacks_amx else name
 
 
 def _git(*arguments: str) -> str | None:

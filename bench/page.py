@@ -96,7 +96,7 @@ def device_page(folder: Path) -> str:
         model = read(folder / "model.json")
         parts += [f"## Whole models, {model['scale']}\n", about(model) + "\n", model_table(model)]
         parts += [f"{spread(model['rows']).capitalize()}.\n", *decoder_table(model), *faults(model)]
-    for path in sorted(folder.glob("decoders*.json")):  # of other dtypes or scales
+    for path in sorted(folder.glob("decoders*.json")):  # of other dtypes or scales, or a machine of nearly that name
         parts += [*decoder_table(read(path)), *faults(read(path))]
     for name, section in (("exactness", exactness_section), ("frames", frames_section)):
         if (folder / f"{name}.json").exists():
@@ -187,7 +187,9 @@ def decoder_table(record: Record) -> list[str]:
             cells += [f"{row['median'] * 1e3:.4g}"] * num_speeds
             lines.append([*cells, _ratio(row, row["truth_by"], bold), memory, times])
     heads = ["decoder", "frames x pixels", "runs", *["ms"] * num_speeds, "x rival", "peak memory", "x rival's memory"]
-    about = f"{record['dtype']}, {record['date'][:10]}, `{record['commit']}`; the same random weights in both. "
+    about = (
+        f"{record['device']}, {record['dtype']}, {record['date'][:10]}, `{record['commit']}`; the same random weights. "
+    )
     text = f"{about}{spread(rows).capitalize()}.\n"
     title = f"## Decoders beside their rivals, {record['scale']}, {record['dtype']}\n"
     return [title, text, _markdown(heads, lines)] if rows else []
