@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opensora import presets
 from opensora.cli import CommandError
@@ -11,6 +13,7 @@ from opensora.cli.options import Parser, add_config_options, config_from_options
 from opensora.config import Preset
 
 if TYPE_CHECKING:
+    from opensora.parallel import ParallelContext
     from opensora.training import TrainingResult
 
 Config = TypeVar("Config")
@@ -37,9 +40,12 @@ def run_training(
     arguments: Sequence[str],
     *,
     stages: Callable[[Preset], Mapping[str, Config]],
-    train: Callable[[Config, bool], TrainingResult],
+    train: Callable[[Config, bool, ParallelContext], TrainingResult],
 ) -> int:
-    """Read a configuration (preset, then --config, then options), train, and say where the results are."""
+    """Read a configuration (preset, then --config, then options), train, and say where the results are.
+
+    Under torchrun each process is one rank, and the main one alone tells how it goes.
+    """
     preset = presets.get(early_option(arguments, "--preset", presets.names()[0]))
     available = stages(preset)
     stage = early_option(arguments, "--stage", next(iter(available)))
@@ -57,10 +63,25 @@ def run_training(
     if presets.get(options["preset"]).name != preset.name or options["stage"] != stage:
         raise CommandError("preset and stage: must be given as options, not in the --config file")
 
-    result = train(config_from_options(type(default), options), options["resume"])
-    print(f"step {result.step}, loss {result.loss:.6g}")
-    print(f"model:      {result.model}")
-    print(f"checkpoint: {result.checkpoint}")
+    config = config_from_options(type(default), options)
+    if not config.run.recipe:
+        config = replace(config, run=replace(config.run, recipe=f"{preset.name}/{stage}"))
+    context = _context(config)
+    result = train(config, options["resume"], context)
+    context.close()
+    if context.is_main:
+        print(f"step {result.step}, loss {result.loss:.6g}")
+        print(f"model:      {result.model}")
+        print(f"checkpoint: {result.checkpoint}")
     if result.was_stopped:
         raise KeyboardInterrupt(f"the same command with --resume goes on after step {result.step}")
     return 0
+
+
+def _context(config: Any) -> ParallelContext:
+    from opensora.parallel import DTYPES, ParallelContext  # imports torch: not for --help
+
+    context = ParallelContext.from_environment(config.parallel, config.run.device, dtype=DTYPES[config.run.dtype])
+    if not context.is_main:
+        logging.getLogger().setLevel(logging.ERROR)
+    return context
