@@ -57,7 +57,7 @@ def test_a_run_that_always_rolls_back_stops(tmp_path: Path):
     hooks = Hooks(factor=lambda count: NAN if count >= 3 else 1.0)
     with pytest.raises(FloatingPointError, match=r"max_bad_steps is 4; last good checkpoint: .*step-00000002"):
         train(tmp_path, hooks=hooks, on_bad_loss="roll_back", max_bad_steps=4)
-    with pytest.raises(FloatingPointError, match=r"at step 1, with nothing to go back to"):
+    with pytest.raises(FloatingPointError, match=r"nothing to go back to"):
         train(tmp_path / "new", hooks=Hooks(factor=lambda count: NAN), on_bad_loss="roll_back")
 
 

@@ -45,6 +45,7 @@ def train(
     optimizer: OptimizerConfig = OPTIMIZER,
     hooks: Hooks | None = None,
     model: nn.Module | None = None,
+    context: ParallelContext | None = None,
     keys: tuple[int, ...] = (0,) * 16 + (1,) * 6,
     **run_options: object,
 ) -> TrainingResult:
@@ -75,7 +76,7 @@ def train(
         save_file({name: tensor.contiguous() for name, tensor in states["toy"].items()}, folder / "toy.safetensors")
 
     job = Job({"toy": model}, batches, loss, export, {"optimizer": optimizer}, hooks.sample)
-    return run_job(job, optimizer, run, ParallelContext.single_process("cpu"), resume=resume)
+    return run_job(job, optimizer, run, context or ParallelContext.single_process("cpu"), resume=resume)
 
 
 def constant(optimizer: OptimizerConfig = OPTIMIZER, **changes: object) -> OptimizerConfig:
