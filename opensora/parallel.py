@@ -7,7 +7,7 @@ where a model becomes sharded (FSDP2), `data_group` averages losses, `sequence_g
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ class ParallelContext:
     mesh: DeviceMesh | None = None
     data_group: ProcessGroup | None = None
     sequence_group: ProcessGroup | None = None
+    sequence: Any = None
 
     @classmethod
     def single_process(cls, device: str | torch.device = "auto") -> ParallelContext:

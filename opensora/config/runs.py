@@ -41,6 +41,7 @@ class RunConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     sample_every: int = 0
+    validate_every: int = 0
     grad_checkpoint: bool = False
     tensorboard: bool = True
     num_threads: int | None = None

@@ -48,6 +48,7 @@ class Job:
     export: Callable[[Path, dict[str, dict[str, Tensor]]], None]
     config: Any
     sample: Callable[[Path, int], Mapping[str, float]] | None = None
+    validate: Callable[[int], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ class _Loop:
                     saved_step = self.step
                 if run.sample_every and self.job.sample and self.step % run.sample_every == 0:
                     records.scalars(self.step, self._sample())
+                if run.validate_every and self.job.validate and self.step % run.validate_every == 0:
+                    with self._averaged():
+                        records.scalars(self.step, self.job.validate(self.step))
             records.flush()
             if saved_step != self.step:
                 self._save()
