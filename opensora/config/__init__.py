@@ -4,7 +4,7 @@ Units: frames and pixels unless a name says `latent`; seconds for durations; tim
 """
 
 from opensora.config.data import BucketTable, DataConfig
-from opensora.config.preset import Preset, VAEKind
+from opensora.config.preset import Preset
 from opensora.config.runs import OptimizerConfig, ParallelConfig, RunConfig
 from opensora.config.sampling import Precision, SampleConfig
 from opensora.config.schedulers import (
@@ -14,6 +14,7 @@ from opensora.config.schedulers import (
     RectifiedFlowConfig,
     SampleMethod,
     SchedulerConfig,
+    TrainingSchedulerConfig,
 )
 from opensora.config.training import TrainConfig
 from opensora.config.transformers import (
@@ -24,7 +25,13 @@ from opensora.config.transformers import (
     TransformerConfig,
 )
 from opensora.config.vae_training import TrainVAEConfig, VAELossConfig
-from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VideoVAEConfig
+from opensora.config.vaes import (
+    CausalVideoVAEConfig,
+    SpatialVAEConfig,
+    TemporalVAEConfig,
+    VAEKind,
+    VideoVAEConfig,
+)
 
 __all__ = [
     "BucketTable",
@@ -50,6 +57,7 @@ __all__ = [
     "TemporalVAEConfig",
     "TrainConfig",
     "TrainVAEConfig",
+    "TrainingSchedulerConfig",
     "TransformerConfig",
     "VAEKind",
     "VAELossConfig",

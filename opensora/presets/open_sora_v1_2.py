@@ -47,7 +47,7 @@ def training(stage: str = "stage1") -> TrainConfig:
     """
     return TrainConfig(
         transformer=STDiT3Config(freeze_y_embedder=True),
-        flow=RectifiedFlowConfig(),
+        scheduler=RectifiedFlowConfig(),
         data=DataConfig(buckets=BUCKETS[stage], num_workers=8),
         optimizer=OptimizerConfig(lr=1e-4, eps=1e-15, warmup_steps=0 if stage == "stage2" else 1000, ema_decay=0.99),
         run=RunConfig(output=f"outputs/open-sora-v1-2-{stage}", steps=_STEPS[stage], grad_checkpoint=True),
