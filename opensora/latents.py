@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opensora.config import TrainConfig
 from opensora.data.datasets import ClipDataset
-from opensora.encoding import Encoders
+from opensora.inputs import Encoders
 from opensora.parallel import ParallelContext
 from opensora.training import ShuffledBatches
 

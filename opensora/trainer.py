@@ -18,8 +18,8 @@ from opensora.checkpoints import save_model
 from opensora.conditioning.masks import MaskGenerator
 from opensora.config import IDDPMConfig, LatteT2VConfig, TrainConfig
 from opensora.data.loader import make_loader
-from opensora.encoding import Encoders, Inputs, captions_of
 from opensora.initial_weights import check_resumed, start_from
+from opensora.inputs import Encoders, Inputs, captions_of
 from opensora.latents import cached_batches
 from opensora.loading import MODEL_OF, load_vae
 from opensora.parallel import DTYPES, ParallelContext
@@ -165,8 +165,8 @@ class _Task:
         if self.config.image_ratio and float(torch.rand(())) < self.config.image_ratio:
             inputs = inputs.first_frames()
         options: dict[str, Any] = {"frame_mask": self._frame_mask(inputs.x0)}
-        if inputs.picture_mask is not None:
-            options["loss_mask"] = inputs.picture_mask  # IDDPM's alone: `_check` has seen to it
+        if inputs.attention_mask is not None:
+            options["loss_mask"] = inputs.attention_mask  # IDDPM's alone: `_check` has seen to it
         losses = self.scheduler.training_losses(self.conditioned(inputs), inputs.x0, inputs.sizes, **options)
         return losses.mean(), {}
 
@@ -182,7 +182,7 @@ class _Task:
                     x,
                     t,
                     inputs.y,
-                    attention_mask=inputs.picture_mask,
+                    attention_mask=inputs.attention_mask,
                     encoder_attention_mask=inputs.text_mask,
                     use_image_num=inputs.num_images,
                     enable_temporal_attentions=x.shape[2] - inputs.num_images > 1,
@@ -190,7 +190,7 @@ class _Task:
                 )
 
             return latte
-        if inputs.num_images or inputs.picture_mask is not None:
+        if inputs.num_images or inputs.attention_mask is not None:
             raise ValueError("train: images beside clips and padded clips are for LatteT2V alone; use buckets")
         mask = None if inputs.text_mask is None else inputs.text_mask[:, 0]
 

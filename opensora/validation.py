@@ -23,7 +23,7 @@ from opensora.data.datasets import ClipDataset
 from opensora.data.loader import collate
 from opensora.data.manifest import read_manifest
 from opensora.data.samplers import ClipRequest
-from opensora.encoding import Encoders, Inputs
+from opensora.inputs import Encoders, Inputs
 from opensora.parallel import ParallelContext
 from opensora.schedulers import TrainingScheduler
 

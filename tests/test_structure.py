@@ -33,14 +33,14 @@ _MODELS = {
     "conversion": {*_FILES, *_CHECKPOINTS, "adaptation", "families", "family_models", "inspection", "placements"},
 }
 _JOINTS = {
-    "encoding": {"conditioning", "config", "data", "text"},
-    "latents": {"config", "data", "encoding", "parallel", "training"},
-    "validation": {"config", "data", "encoding", "parallel", "schedulers"},
+    "inputs": {"conditioning", "config", "data", "text"},
+    "latents": {"config", "data", "inputs", "parallel", "training"},
+    "validation": {"config", "data", "inputs", "parallel", "schedulers"},
     "initial_weights": {"adaptation", "checkpoints", "config", "conversion", "families", "training", "weight_files"},
     "sampling": {"config", "conditioning", "data", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
     "sampler": {*_BELOW, "loading", "sampling"},
-    "trainer": {*_BELOW, "encoding", "initial_weights", "latents", "loading", "sampler", "validation"},
+    "trainer": {*_BELOW, "inputs", "initial_weights", "latents", "loading", "sampler", "validation"},
     "vae_trainer": {*_BELOW},
     "reconstruction": {"checkpoints", "config", "config_files", "vae", "video"},
 }

@@ -3,7 +3,7 @@
 Units: frames and pixels unless a name says `latent`; seconds for durations; timesteps from 0 (clean) to 1000 (noise).
 """
 
-from opensora.config.data import BucketTable, DataConfig
+from opensora.config.data import BucketTable, DataConfig, Fit
 from opensora.config.preset import Preset
 from opensora.config.runs import OptimizerConfig, ParallelConfig, RunConfig
 from opensora.config.sampling import Precision, SampleConfig
@@ -39,6 +39,7 @@ __all__ = [
     "DPMSolverConfig",
     "DataConfig",
     "DiffusersSamplerConfig",
+    "Fit",
     "IDDPMConfig",
     "LatteT2VConfig",
     "OptimizerConfig",

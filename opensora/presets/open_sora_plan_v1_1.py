@@ -1,4 +1,4 @@
-"""Open-Sora-Plan 1.1: the causal video VAE, the diffusion transformers and how they are sampled.
+"""Open-Sora-Plan 1.1: the causal video VAE, the diffusion transformers, how they are sampled and trained.
 
 Source: PKU-YuanGroup/Open-Sora-Plan v1.1.0, scripts/text_condition; for the VAE, the configuration of 1.1.0 in the
 later document on VAE training, since the tag v1.1.0 holds that of 1.0.0.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from opensora.config import CausalVideoVAEConfig, LatteT2VConfig, Preset
+from opensora.config import CausalVideoVAEConfig, LatteT2VConfig, Preset, TrainConfig
 from opensora.presets import open_sora_plan
 
 Clip = Literal["65x512x512", "221x512x512", "513x512x512"]
@@ -16,7 +16,8 @@ Clip = Literal["65x512x512", "221x512x512", "513x512x512"]
 
 def preset(clip: Clip = "65x512x512") -> Preset:
     """How a release is sampled. Of 513x512x512 upstream published the configuration, its training was not finished."""
-    return open_sora_plan.preset("1.1", clip, transformer(clip), is_default=clip == get_args(Clip)[0])
+    stages = {stage: training(stage) for stage in _CLIPS}
+    return open_sora_plan.preset("1.1", clip, transformer(clip), stages, is_default=clip == get_args(Clip)[0])
 
 
 def vae() -> CausalVideoVAEConfig:
@@ -42,3 +43,10 @@ def transformer(clip: Clip = "65x512x512") -> LatteT2VConfig:
 
 # Frames of latents.
 _CLIPS = {"65x512x512": 17, "221x512x512": 56, "513x512x512": 129}
+
+
+def training(clip: Clip = "65x512x512") -> TrainConfig:
+    """Each length begins from the one before. Batches are for one 80 GB accelerator, with four images for each clip."""
+    before = {"65x512x512": None, "221x512x512": "65x512x512", "513x512x512": "221x512x512"}[clip]
+    batch_size = 2 if clip == "65x512x512" else 1
+    return open_sora_plan.training("1.1", clip, transformer(clip), before=before, batch_size=batch_size, num_images=4)

@@ -27,7 +27,7 @@ class Inputs:
     """One batch.
 
     x0 (B, C, T + I, H, W): clean latents of the clips, then of their images. y (B, 1 + I, L, channels) and text_mask
-    (B, 1 + I, L): the clip's text, then those of its images. sizes: what `SIZES` names, (B,) each. picture_mask
+    (B, 1 + I, L): the clip's text, then those of its images. sizes: what `SIZES` names, (B,) each. attention_mask
     (B, T + I, H, W): 0 where latents are padding; None where none are.
     """
 
@@ -36,7 +36,7 @@ class Inputs:
     text_mask: Tensor | None
     sizes: dict[str, Tensor]
     num_images: int = 0
-    picture_mask: Tensor | None = None
+    attention_mask: Tensor | None = None
 
     def first_frames(self) -> Inputs:
         """The first frame of every clip, as the still image that a causal VAE makes of it."""
@@ -44,10 +44,10 @@ class Inputs:
             "num_frames": torch.ones_like(self.sizes["num_frames"]),
             "fps": torch.full_like(self.sizes["fps"], IMAGE_FPS),
         }
-        mask = None if self.picture_mask is None else self.picture_mask[:, :1]
+        mask = None if self.attention_mask is None else self.attention_mask[:, :1]
         return replace(
             self, x0=self.x0[:, :, :1], y=self.y[:, :1], text_mask=_first(self.text_mask), sizes=sizes, num_images=0,
-            picture_mask=mask,
+            attention_mask=mask,
         )  # fmt: skip
 
     def copies(self, count: int) -> Inputs:
@@ -62,7 +62,7 @@ class Inputs:
             y=repeated(self.y),
             text_mask=None if self.text_mask is None else repeated(self.text_mask),
             sizes={name: repeated(value) for name, value in self.sizes.items()},
-            picture_mask=None if self.picture_mask is None else repeated(self.picture_mask),
+            attention_mask=None if self.attention_mask is None else repeated(self.attention_mask),
         )
 
 
@@ -81,30 +81,34 @@ class Encoders:
     known_texts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, batch: Mapping[str, Any], *, sample_posterior: bool = True) -> Inputs:
-        """Encode what is not encoded yet: `video` (B, 3, T, H, W) or `latents`, `text` or `y` with `mask`.
+        """Encode what is not encoded yet.
 
-        `images` (B, I, 3, H, W), or latents as the clips are, with `image_text` (B lists of I) go beside the clips.
-        `aes`, `flow` and `camera_motion`, where a batch has them, are appended to its captions. `picture_mask` is
-        passed on. Errors: ValueError where an encoder is needed that is None.
+        batch: `video` (B, 3, T, H, W), or `latents` and perhaps `latents_std`, their posterior's; `text`, or `y` with
+        `mask`; beside the clips `images` (B, I, 3, H, W) or `image_latents` (B, I, C, H, W), with `image_text` (B lists
+        of I) or `image_y` and `image_mask`. Scores are appended to captions, see `captions_of`.
+        Errors: ValueError where an encoder is needed that is None.
         """
         x0 = self.latents(batch, sample_posterior=sample_posterior)
         num_images = 0
-        if batch.get("images") is not None:
-            images = self._image_latents(batch, sample_posterior=sample_posterior)
+        images = self._image_latents(batch, sample_posterior=sample_posterior)
+        if images is not None:
             x0, num_images = torch.cat([x0, images.to(x0)], dim=2), images.shape[2]
         y, text_mask = self._texts(batch, num_images)
         sizes = {name: batch[name].to(self.device) for name in SIZES if name in batch}
         sizes.setdefault("ar", sizes["height"] / sizes["width"])
-        picture_mask = batch.get("picture_mask")
-        if picture_mask is not None:
+        attention_mask = batch.get("attention_mask")
+        if attention_mask is not None:
             # Where nothing is padding a mask changes no number, and costs a slower attention.
-            picture_mask = None if (picture_mask != 0).all() else picture_mask.to(self.device)
-        return Inputs(x0, y, text_mask, sizes, num_images, picture_mask)
+            attention_mask = None if (attention_mask != 0).all() else attention_mask.to(self.device)
+        return Inputs(x0, y, text_mask, sizes, num_images, attention_mask)
 
     def latents(self, batch: Mapping[str, Any], *, sample_posterior: bool = True) -> Tensor:
         """(B, C, T, H, W) fp32 where they are made, as they are where they are read."""
         if "latents" in batch:
-            return batch["latents"].to(self.device)
+            z_BCTHW = batch["latents"].to(self.device)
+            if sample_posterior and "latents_std" in batch:
+                z_BCTHW = z_BCTHW + batch["latents_std"].to(self.device) * torch.randn_like(z_BCTHW)
+            return z_BCTHW
         return self.encode_pixels(batch["video"], sample_posterior=sample_posterior)
 
     @torch.no_grad()
@@ -115,26 +119,24 @@ class Encoders:
         x_BCTHW = x_BCTHW.to(weight.device, weight.dtype, non_blocking=True)
         return self.vae.encode(x_BCTHW, sample_posterior=sample_posterior).float()
 
-    def _image_latents(self, batch: Mapping[str, Any], *, sample_posterior: bool) -> Tensor:
-        """(B, C, I, H, W): each image is a clip of one frame."""
+    def _image_latents(self, batch: Mapping[str, Any], *, sample_posterior: bool) -> Tensor | None:
+        """(B, C, I, H, W), each image a clip of one frame; None without images."""
+        if "image_latents" in batch:
+            return batch["image_latents"].to(self.device).transpose(1, 2)
+        if "images" not in batch:
+            return None
         images_BICHW = batch["images"]
-        if "latents" in batch:
-            return images_BICHW.to(self.device).transpose(1, 2)
         frames = images_BICHW.flatten(0, 1).unsqueeze(2)
         z_NC1HW = self.encode_pixels(frames, sample_posterior=sample_posterior)
         return z_NC1HW.squeeze(2).unflatten(0, images_BICHW.shape[:2]).transpose(1, 2)
 
     def _texts(self, batch: Mapping[str, Any], num_images: int) -> tuple[Tensor, Tensor | None]:
-        if batch.get("y") is not None:
-            y, mask = batch["y"].to(self.device), batch.get("mask")
-            if y.shape[1] != 1 + num_images:
-                raise ValueError(
-                    f"train: y must hold {1 + num_images} texts for each clip and its images, got {tuple(y.shape)}"
-                )
-            if mask is not None:
-                mask = mask.to(self.device)
-                mask = mask[:, None] if mask.ndim == 2 else mask
-            return y, mask
+        if "y" in batch:
+            y_BRLC, mask_BRL = batch["y"], batch["mask"][:, None]
+            if num_images:
+                y_BRLC = torch.cat([y_BRLC, batch["image_y"]], dim=1)
+                mask_BRL = torch.cat([mask_BRL, batch["image_mask"]], dim=1)
+            return y_BRLC.to(self.device), mask_BRL.to(self.device)
         captions = captions_of(batch)
         if num_images:
             pairs = zip(captions, batch["image_text"], strict=True)
