@@ -39,7 +39,7 @@ _JOINTS = {
     "initial_weights": {"adaptation", "checkpoints", "config", "conversion", "families", "training", "weight_files"},
     "sampling": {"config", "conditioning", "data", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
-    "tiny_parts": {"checkpoints", "config", "data", "presets", "vae", "video"},
+    "tiny_parts": {"checkpoints", "config", "data", "models", "presets", "vae", "video"},
     "sampler": {*_BELOW, "loading", "sampling"},
     "trainer": {*_BELOW, "inputs", "initial_weights", "latents", "loading", "sampler", "validation"},
     "vae_trainer": {*_BELOW},

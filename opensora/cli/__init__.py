@@ -19,6 +19,7 @@ COMMANDS = {
     "reconstruct": ("opensora.cli.reconstruct", "encode and decode a video, and measure what is lost"),
     "train": ("opensora.cli.train", "train a diffusion transformer"),
     "train-vae": ("opensora.cli.train_vae", "train a video VAE"),
+    "train-all": ("opensora.cli.train_all", "train every stage of every preset, scaled down"),
     "inspect": ("opensora.cli.inspect", "say what a checkpoint is, without reading its weights"),
     "convert": ("opensora.cli.convert", "write a checkpoint in another layout, or adapt it to the next model"),
     "pack": ("opensora.cli.pack", "make a small model folder of finished training runs"),
