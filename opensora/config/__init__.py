@@ -23,10 +23,11 @@ from opensora.config.transformers import (
     STDiTConfig,
     TransformerConfig,
 )
-from opensora.config.vae_training import TrainVAEConfig, VAELossConfig
-from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VideoVAEConfig
+from opensora.config.vae_training import AdversaryConfig, TrainVAEConfig, VAELossConfig
+from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VAEConfig, VideoVAEConfig
 
 __all__ = [
+    "AdversaryConfig",
     "BucketTable",
     "CausalVideoVAEConfig",
     "DPMSolverConfig",
@@ -51,6 +52,7 @@ __all__ = [
     "TrainConfig",
     "TrainVAEConfig",
     "TransformerConfig",
+    "VAEConfig",
     "VAEKind",
     "VAELossConfig",
     "VideoVAEConfig",

@@ -6,9 +6,10 @@ later document on VAE training, since the tag v1.1.0 holds that of 1.0.0.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, get_args
 
-from opensora.config import CausalVideoVAEConfig, LatteT2VConfig, Preset
+from opensora.config import CausalVideoVAEConfig, LatteT2VConfig, Preset, TrainVAEConfig
 from opensora.presets import open_sora_plan
 
 Clip = Literal["65x512x512", "221x512x512", "513x512x512"]
@@ -16,7 +17,9 @@ Clip = Literal["65x512x512", "221x512x512", "513x512x512"]
 
 def preset(clip: Clip = "65x512x512") -> Preset:
     """How a release is sampled. Of 513x512x512 upstream published the configuration, its training was not finished."""
-    return open_sora_plan.preset("1.1", clip, transformer(clip), is_default=clip == get_args(Clip)[0])
+    stages = {stage: vae_training(stage) for stage in _VAE_STAGES}
+    is_default = clip == get_args(Clip)[0]
+    return open_sora_plan.preset("1.1", clip, transformer(clip), is_default=is_default, vae_training=stages)
 
 
 def vae() -> CausalVideoVAEConfig:
@@ -33,6 +36,20 @@ def vae() -> CausalVideoVAEConfig:
     )
 
 
+def vae_training(stage: str = "stage1") -> TrainVAEConfig:
+    """`stage1`: 9 frames, from an image VAE, given as `image_vae`; `stage2`: 25 frames; `stage3`: resampling in time
+    starts again from equal shares; `gan2d`, `gan3d`: against a discriminator of frames, then of clips.
+
+    Each stage begins from the one before: pass its model folder as `initial_vae`. The report gives the steps of the
+    first and of the last two stages; the others take the trainer's default.
+    """
+    if stage not in _VAE_STAGES:
+        raise ValueError(f"vae_training: stage must be one of {', '.join(_VAE_STAGES)}, got {stage!r}")
+    num_frames, steps, kind = _VAE_STAGES[stage]
+    config = open_sora_plan.vae_training("1.1", stage, vae(), num_frames=num_frames, steps=steps, kind=kind)
+    return replace(config, mix_factor=0.5) if stage == "stage3" else config
+
+
 def transformer(clip: Clip = "65x512x512") -> LatteT2VConfig:
     """LatteT2V-XL/122 for clips of frames x height x width in pixels; each length has weights of its own."""
     if clip not in _CLIPS:
@@ -42,3 +59,11 @@ def transformer(clip: Clip = "65x512x512") -> LatteT2VConfig:
 
 # Frames of latents.
 _CLIPS = {"65x512x512": 17, "221x512x512": 56, "513x512x512": 129}
+# Frames, steps, discriminator.
+_VAE_STAGES = {
+    "stage1": (9, 100_000, "none"),
+    "stage2": (25, 100_000, "none"),
+    "stage3": (25, 100_000, "none"),
+    "gan2d": (25, 80_000, "2d"),
+    "gan3d": (25, 80_000, "3d"),
+}

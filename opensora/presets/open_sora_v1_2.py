@@ -60,13 +60,17 @@ def training(stage: str = "stage1") -> TrainConfig:
 def vae_training(stage: str = "stage1") -> TrainVAEConfig:
     """`stage1`: the temporal half against the frozen image VAE; `stage2`: both; `stage3`: both, in pixels.
 
-    Upstream adds 0.1 x LPIPS in stage 3; set `loss.perceptual_weight` and `loss.perceptual_path` to do the same.
+    Stage 3 cuts every clip to a random length of up to 33 frames, which zeros in front fill up to whole latents, and
+    adds 0.1 x LPIPS: set `loss.perceptual_path` to its weights, or `loss.perceptual_weight` to 0.
     """
     in_pixels = stage == "stage3"
     return TrainVAEConfig(
         vae=VideoVAEConfig(),
         loss=VAELossConfig(
-            use_real_rec_loss=in_pixels, use_z_rec_loss=not in_pixels, use_image_identity_loss=stage == "stage1"
+            use_real_rec_loss=in_pixels,
+            use_z_rec_loss=not in_pixels,
+            use_image_identity_loss=stage == "stage1",
+            perceptual_weight=0.1 if in_pixels else 0.0,
         ),
         data=DataConfig(image_size=(256, 256), num_frames=33 if in_pixels else 17, batch_size=1, num_workers=8),
         optimizer=OptimizerConfig(lr=1e-5, eps=1e-8),

@@ -6,9 +6,10 @@ from opensora.vae.discriminators import DiscriminatorKind, PatchDiscriminator
 from opensora.vae.distributions import DiagonalGaussian, DrawNoise
 from opensora.vae.frame_vae import FrameVAE
 from opensora.vae.losses import VAELoss, VAELossOutput
+from opensora.vae.output import VAEOutput
 from opensora.vae.perceptual import LPIPS
 from opensora.vae.temporal import TemporalVAE
-from opensora.vae.video_vae import VAEOutput, VideoVAE
+from opensora.vae.video_vae import VideoVAE
 
 __all__ = [
     "LPIPS",

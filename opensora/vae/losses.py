@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from opensora.config import VAELossConfig
+from opensora.vae.adversarial import at_reconstruction
 from opensora.vae.distributions import DiagonalGaussian
-from opensora.vae.video_vae import VAEOutput
+from opensora.vae.output import VAEOutput
 
 PerceptualDistance = Callable[[Tensor, Tensor], Tensor]
 """Maps two batches of frames (N, C, H, W) in [-1, 1] to one distance per frame, any shape of N values (LPIPS)."""
@@ -37,6 +38,8 @@ class VAELoss(nn.Module):
     * `use_real_rec_loss`: reconstruction(x, x_rec) with the perceptual distance, and `kl_weight` times the divergence;
     * `use_z_rec_loss`: reconstruction(x_z, z_rec);
     * `use_image_identity_loss`: reconstruction(x_z, z), for clips of one frame only.
+
+    The last two are of the stacked VAE alone. `logvar` is a number: upstream's parameter belongs to no optimizer.
     """
 
     def __init__(self, config: VAELossConfig, *, perceptual: PerceptualDistance | None = None) -> None:
@@ -49,25 +52,35 @@ class VAELoss(nn.Module):
         self.perceptual = perceptual
 
     def forward(self, x_BCTHW: Tensor, output: VAEOutput) -> VAELossOutput:
-        """Losses of `VideoVAE.forward(x)`. Raises ValueError when pixels are compared but were not decoded."""
+        """Losses of a VAE's output for x. Raises ValueError for a term of what was not decoded or is not there."""
         config = self.config
         terms: dict[str, Tensor | None] = dict.fromkeys(("reconstruction", "kl", "z_reconstruction", "identity"))
         if config.use_real_rec_loss:
             if output.x_rec is None:
                 raise ValueError("VAELoss: output.x_rec must be decoded when use_real_rec_loss is on, got None")
-            distance, weight = self.perceptual, config.perceptual_weight
-            terms["reconstruction"] = reconstruction_loss(
-                x_BCTHW, output.x_rec, perceptual=distance, perceptual_weight=weight
-            )
+            terms["reconstruction"] = self._pixels(x_BCTHW, output.x_rec)
             if output.posteriors:
                 terms["kl"] = config.kl_weight * kl_loss(output.posteriors)
-        if config.use_z_rec_loss:
-            terms["z_reconstruction"] = reconstruction_loss(output.x_z, output.z_rec)
-        if config.use_image_identity_loss and x_BCTHW.shape[2] == 1:
-            terms["identity"] = reconstruction_loss(output.x_z, output.z)
+        if config.use_z_rec_loss or config.use_image_identity_loss:
+            if output.x_z is None or output.z_rec is None:
+                raise ValueError(
+                    "VAELoss: use_z_rec_loss and use_image_identity_loss need a VAE with latents of frames, as the "
+                    "stacked one, got an output without x_z and z_rec"
+                )
+            if config.use_z_rec_loss:
+                terms["z_reconstruction"] = reconstruction_loss(output.x_z, output.z_rec, logvar=config.logvar)
+            if config.use_image_identity_loss and x_BCTHW.shape[2] == 1:
+                terms["identity"] = reconstruction_loss(output.x_z, output.z, logvar=config.logvar)
         present = [term for term in terms.values() if term is not None]
         total = torch.stack(present).sum() if present else x_BCTHW.new_zeros(())
         return VAELossOutput(total=total, **terms)
+
+    def _pixels(self, x_BCTHW: Tensor, x_rec: Tensor) -> Tensor:
+        def loss(x_rec: Tensor) -> Tensor:
+            options = {"perceptual_weight": self.config.perceptual_weight, "logvar": self.config.logvar}
+            return reconstruction_loss(x_BCTHW, x_rec, perceptual=self.perceptual, **options)
+
+        return at_reconstruction(loss, x_rec) if x_rec.requires_grad and torch.is_grad_enabled() else loss(x_rec)
 
 
 def reconstruction_loss(
