@@ -30,6 +30,7 @@ from opensora.vae import (
     tail_initialize,
 )
 from opensora.vae.adversarial import at_reconstruction
+from opensora.vae.discriminators import AXES
 from opensora.vae.initialization import initialize_for_training, set_mix_factors
 from opensora.video import to_uint8, write_contact_sheet
 from opensora.weight_files import loose_weights, weight_files
@@ -139,8 +140,8 @@ def _lengths(config: TrainVAEConfig, vae: VideoVAE | CausalVideoVAE) -> tuple[in
         if vae.padded_frames(num_frames) != num_frames:
             above = vae.padded_frames(num_frames)
             raise ValueError(
-                f"train-vae: data.num_frames must be {vae.time_factor} n + 1 for this VAE, got {num_frames}; the nearest "
-                f"are {above - vae.time_factor} and {above}"
+                f"train-vae: data.num_frames must be {vae.time_factor} n + 1 for this VAE, got {num_frames}; the "
+                f"nearest are {above - vae.time_factor} and {above}"
             )
     shorter = {"none": (), "image": (1,), "random": _valid_lengths(vae, max(whole))}[config.mixed]
     return tuple(sorted({*whole, *shorter}))
@@ -165,10 +166,10 @@ def _build_discriminator(config: TrainVAEConfig, lengths: tuple[int, ...]) -> Pa
             "judges motion and needs clips, data.num_frames of 5 or more"
         )
     if any(given < least for given, least in zip(size, network.min_size, strict=False)):
+        needed, found = (" x ".join(map(str, axes)) for axes in (network.min_size, size))
         raise ValueError(
-            f"train-vae: adversary.kind {adversary.kind!r} with {adversary.num_layers} layers needs at least "
-            f"{' x '.join(map(str, network.min_size))} ({'frames, ' if network.num_axes == 3 else ''}height, width), but "
-            f"batches may have {' x '.join(map(str, size))}; the kind '3d' takes any number of frames"
+            f"train-vae: adversary.kind {adversary.kind!r} with {adversary.num_layers} layers needs at least {needed} "
+            f"({AXES[network.num_axes]}), but batches may have {found}; the kind '3d' takes any number of frames"
         )
     return network
 
