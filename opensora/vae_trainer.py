@@ -65,7 +65,7 @@ def run_train_vae(
     if config.data.validation:
         heldout = make_loader(replace(config.data, manifest=config.data.validation, batch_size=1)).dataset
     vae = context.wrap(vae)
-    discriminator = context.wrap(discriminator) if discriminator is not None else None
+    discriminator = context.wrap(discriminator, is_sharded=False) if discriminator is not None else None
     task = _VAETask(config, vae, discriminator, perceptual, loader.dataset, heldout, context)
     job = Job(
         {"vae": vae},
