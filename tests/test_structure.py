@@ -33,10 +33,15 @@ _MODELS = {
     "conversion": {*_FILES, *_CHECKPOINTS, "adaptation", "families", "family_models", "inspection", "placements"},
 }
 _JOINTS = {
+    "inputs": {"conditioning", "config", "data", "text"},
+    "latents": {"config", "data", "inputs", "parallel", "training"},
+    "validation": {"config", "data", "inputs", "parallel", "schedulers"},
+    "initial_weights": {"adaptation", "checkpoints", "config", "conversion", "families", "training", "weight_files"},
     "sampling": {"config", "conditioning", "data", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
+    "tiny_parts": {"checkpoints", "config", "data", "presets", "vae", "video"},
     "sampler": {*_BELOW, "loading", "sampling"},
-    "trainer": {*_BELOW, "sampler"},
+    "trainer": {*_BELOW, "inputs", "initial_weights", "latents", "loading", "sampler", "validation"},
     "vae_trainer": {*_BELOW},
     "reconstruction": {"checkpoints", "config", "config_files", "vae", "video"},
 }

@@ -3,8 +3,8 @@
 Units: frames and pixels unless a name says `latent`; seconds for durations; timesteps from 0 (clean) to 1000 (noise).
 """
 
-from opensora.config.data import BucketTable, DataConfig
-from opensora.config.preset import Preset, VAEKind
+from opensora.config.data import BucketTable, DataConfig, Fit
+from opensora.config.preset import Preset
 from opensora.config.runs import OptimizerConfig, ParallelConfig, RunConfig
 from opensora.config.sampling import Precision, SampleConfig
 from opensora.config.schedulers import (
@@ -14,6 +14,7 @@ from opensora.config.schedulers import (
     RectifiedFlowConfig,
     SampleMethod,
     SchedulerConfig,
+    TrainingSchedulerConfig,
 )
 from opensora.config.training import TrainConfig
 from opensora.config.transformers import (
@@ -24,7 +25,14 @@ from opensora.config.transformers import (
     TransformerConfig,
 )
 from opensora.config.vae_training import AdversaryConfig, TrainVAEConfig, VAELossConfig
-from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VAEConfig, VideoVAEConfig
+from opensora.config.vaes import (
+    CausalVideoVAEConfig,
+    SpatialVAEConfig,
+    TemporalVAEConfig,
+    VAEConfig,
+    VAEKind,
+    VideoVAEConfig,
+)
 
 __all__ = [
     "AdversaryConfig",
@@ -33,6 +41,7 @@ __all__ = [
     "DPMSolverConfig",
     "DataConfig",
     "DiffusersSamplerConfig",
+    "Fit",
     "IDDPMConfig",
     "LatteT2VConfig",
     "OptimizerConfig",
@@ -51,6 +60,7 @@ __all__ = [
     "TemporalVAEConfig",
     "TrainConfig",
     "TrainVAEConfig",
+    "TrainingSchedulerConfig",
     "TransformerConfig",
     "VAEConfig",
     "VAEKind",

@@ -48,6 +48,7 @@ class RunConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     sample_every: int = 0
+    validate_every: int = 0
     grad_checkpoint: bool = False
     validate_every: int = 0
     on_bad_loss: Literal["stop", "skip", "roll_back"] = "stop"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora import trainer, vae_trainer
+from opensora import vae_trainer
 from opensora.checkpoints import load_model, save_model
 from opensora.config import DataConfig, STDiT3Config, VideoVAEConfig
 from opensora.data.datasets import IMAGE_FPS, ClipDataset
@@ -175,9 +175,9 @@ def test_a_frozen_text_encoder_is_not_exported(folder: Path, tmp_path: Path):
 
 def test_batches_without_given_frames_need_no_mask(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
-    losses = trainer.RectifiedFlow.training_losses
+    losses = RectifiedFlow.training_losses
     monkeypatch.setattr(
-        trainer.RectifiedFlow,
+        RectifiedFlow,
         "training_losses",
         lambda *a, **k: seen.append(k["frame_mask"]) or losses(*a, **k),
     )

@@ -14,7 +14,7 @@ from opensora import presets, vae_trainer
 from opensora.checkpoints import load_model, save_model
 from opensora.config import AdversaryConfig, CausalVideoVAEConfig, VAEConfig, VAELossConfig
 from opensora.presets import open_sora_plan_v1_1
-from opensora.presets.tiny_vaes import scaled_down
+from opensora.presets.scaling import scaled
 from opensora.training.records import read_losses
 from opensora.vae import CausalVideoVAE
 from tests.oracles.adversarial import seeded_lpips
@@ -191,7 +191,7 @@ STAGES = [(name, stage) for name in presets.names() for stage in presets.get(nam
 @pytest.mark.parametrize(("name", "stage"), STAGES, ids=lambda value: value)
 def test_every_stage_of_a_release_can_be_built_scaled_down(name: str, stage: str):
     whole = presets.get(name).vae_training[stage]
-    config = scaled_down(whole)
+    config = scaled(whole, "tiny")
     assert _structure(config.vae) == _structure(whole.vae)
     assert config.adversary.kind == whole.adversary.kind
     vae = vae_trainer._build(config, torch.device("cpu"))
