@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.checkpoints import load_model, resolve, save_model
+from opensora.checkpoints import load_model, load_weights, resolve, save_model
 from opensora.config import CausalVideoVAEConfig, TrainVAEConfig, VideoVAEConfig
 from opensora.data.datasets import ClipDataset
 from opensora.data.loader import make_loader
@@ -89,8 +89,10 @@ def _check_terms(config: TrainVAEConfig, context: ParallelContext) -> None:
     for name, value in options.items():
         if value and not is_stacked:
             raise ValueError(f"train-vae: {name} must be false for a CausalVideoVAE, which has no latents of frames")
-    if is_stacked and (config.image_vae is not None or config.mix_factor is not None):
-        raise ValueError("train-vae: image_vae and mix_factor must be none unless vae is a CausalVideoVAE")
+    if is_stacked and config.mix_factor is not None:
+        raise ValueError("train-vae: mix_factor must be none unless vae is a CausalVideoVAE")
+    if config.freeze_spatial and config.initial_vae is None and config.image_vae is None:
+        raise ValueError("train-vae: freeze_spatial needs initial_vae or image_vae: nothing has trained the 2-D half")
     if config.image_vae is not None and config.initial_vae is not None:
         raise ValueError("train-vae: weights must start from initial_vae or from image_vae, got both")
     for name, is_on in (("loss.perceptual_weight", config.loss.perceptual_weight), ("adversary.kind", kind != "none")):
@@ -113,7 +115,9 @@ def _build(config: TrainVAEConfig, device: torch.device) -> VideoVAE | CausalVid
     else:
         vae = CLASSES[kind](config.vae)
         initialize_for_training(vae, log_variance=config.initial_log_variance)
-        if config.image_vae is not None:
+        if config.image_vae is not None and kind is VideoVAEConfig:
+            load_weights(vae.spatial_vae.module, config.image_vae)
+        elif config.image_vae is not None:
             tail_initialize(vae, _image_weights(config.image_vae))
     if config.mix_factor is not None and not set_mix_factors(vae, config.mix_factor):
         raise ValueError("train-vae: mix_factor must be none for a VAE whose resampling in time has nothing to train")

@@ -55,9 +55,10 @@ class TrainVAEConfig:
     """`opensora train-vae`: the stacked VAE of Open-Sora 1.2 or the CausalVideoVAE of Open-Sora-Plan, as `vae` says.
 
     `initial_vae` is where weights start; without it they are drawn, with posteriors of `initial_log_variance` (at 0, a
-    VAE trained from nothing drowns its small first latents in noise). `image_vae` is the 2-D VAE of a latent diffusion
-    model, whose kernels become the last frames of a CausalVideoVAE's; `mix_factor`, when given, is what each of its
-    trained resamplings in time starts from.
+    VAE trained from nothing drowns its small first latents in noise). `image_vae` has the weights of a 2-D VAE: for the
+    stacked VAE an AutoencoderKL of diffusers, its 2-D half; for a CausalVideoVAE the first stage of a latent diffusion
+    model, whose kernels become the last frames of its own. `mix_factor`, when given, is what each trained resampling in
+    time of a CausalVideoVAE starts from.
 
     Some clips become single frames (`mixed` "image"), or all get a random length that the VAE takes ("random").
     `freeze_encoder` trains the decoder alone: latents, and transformers trained on them, stay what they are. Of the

@@ -27,6 +27,7 @@ VAE = "hpcai-tech/OpenSora-VAE-v1.2"
 TRANSFORMER = "hpcai-tech/OpenSora-STDiT-v3"
 IMAGE_MODEL = "PixArt-alpha/PixArt-Sigma:PixArt-Sigma-XL-2-2K-MS.pth"
 IMAGE_VAE = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers:vae"
+IMAGE_VAE = "PixArt-alpha/pixart_sigma_sdxlvae_T5_ldm:vae"
 TEXT_ENCODER = "DeepFloyd/t5-v1_1-xxl"
 
 
@@ -103,8 +104,9 @@ def _output(stage: str) -> str:
 def vae_training(stage: str = "stage1") -> TrainVAEConfig:
     """`stage1`: the temporal half against the frozen image VAE; `stage2`: both; `stage3`: both, in pixels.
 
-    Each begins from the one before, the first from an image VAE inside `initial_vae`. Stage 3 cuts every clip to a random length of up to 33 frames, which zeros in front fill up to whole latents, and
-    adds 0.1 x LPIPS: set `loss.perceptual_path` to its weights, or `loss.perceptual_weight` to 0.
+    Each begins from the one before. Stage 3 cuts every clip to a random length of up to 33 frames, which zeros in front
+    fill up to whole latents, and adds 0.1 x LPIPS: set `loss.perceptual_path` to its weights, or
+    `loss.perceptual_weight` to 0.
     """
     in_pixels = stage == "stage3"
     before = {"stage1": None, "stage2": "stage1", "stage3": "stage2"}[stage]
@@ -124,6 +126,7 @@ def vae_training(stage: str = "stage1") -> TrainVAEConfig:
             checkpoint_every=1000,
             grad_checkpoint=True,
         ),
+        image_vae=IMAGE_VAE if before is None else None,
         initial_vae=None if before is None else f"outputs/open-sora-v1-2-vae-{before}/model/vae",
         freeze_spatial=stage == "stage1",
         mixed="random" if in_pixels else "image",

@@ -208,7 +208,7 @@ def _sample(config: SampleConfig, data: DataConfig, whole_chunks: bool) -> Sampl
 def _tiny_vae_training(config: TrainVAEConfig) -> TrainVAEConfig:
     """The stacked VAE goes on from the embedded model's, so that a frozen 2-D half is one that was trained; those of
     Open-Sora-Plan begin from nothing unless told where. LPIPS is left out: its weights are not at hand everywhere."""
-    changes: dict[str, Any] = {"vae": tiny.vae(), "initial_vae": str(tiny.ASSETS / "vae")}
+    changes: dict[str, Any] = {"vae": tiny.vae(), "initial_vae": str(tiny.ASSETS / "vae"), "image_vae": None}
     num_frames = min(config.data.num_frames, 33)
     if isinstance(config.vae, CausalVideoVAEConfig):
         changes = {"vae": small_causal_vae(config.vae), "initial_vae": None, "initial_log_variance": -4.0}

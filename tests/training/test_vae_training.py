@@ -16,7 +16,7 @@ from opensora.config import AdversaryConfig, CausalVideoVAEConfig, VAEConfig, VA
 from opensora.presets import open_sora_plan_v1_1
 from opensora.presets.scaling import scaled
 from opensora.training.records import read_losses
-from opensora.vae import CausalVideoVAE
+from opensora.vae import CausalVideoVAE, VideoVAE
 from tests.oracles.adversarial import seeded_lpips
 from tests.training.small_models import VAE, train_small, vae_config, write_clips
 
@@ -106,6 +106,15 @@ def test_a_causal_vae_starts_from_an_image_vae_and_given_shares(folder: Path, tm
     assert factors == [0.5, 0.5]
 
 
+def test_a_stacked_vae_takes_its_2d_half_from_an_image_vae(folder: Path, tmp_path: Path):
+    torch.manual_seed(1)
+    image_vae = VideoVAE(VAE).spatial_vae.module
+    image_vae.save_pretrained(tmp_path / "image")
+    config = replace(vae_config(folder, tmp_path), image_vae=str(tmp_path / "image"), freeze_spatial=True)
+    built = vae_trainer._build(config, torch.device("cpu")).spatial_vae.module.state_dict()
+    assert all(torch.equal(built[name], tensor) for name, tensor in image_vae.state_dict().items())
+
+
 def test_lpips_from_a_file_is_part_of_the_loss(folder: Path, tmp_path: Path):
     save_file(seeded_lpips().state_dict(), tmp_path / "lpips.safetensors")
     rows = []
@@ -160,7 +169,8 @@ def test_random_lengths_of_a_causal_vae_are_those_it_takes():
             r"use_z_rec_loss must be false for a Causal",
         ),
         ("causal", {"freeze_spatial": True}, r"freeze_spatial must be false for a CausalVideoVAE"),
-        ("stacked", {"mix_factor": 0.5}, r"image_vae and mix_factor must be none unless"),
+        ("stacked", {"mix_factor": 0.5}, r"mix_factor must be none unless"),
+        ("stacked", {"freeze_spatial": True}, r"freeze_spatial needs initial_vae or image_vae"),
         ("causal", {"initial_vae": "a", "image_vae": "b"}, r"from initial_vae or from image_vae, got both"),
         ("causal", {"num_frames": 4}, r"num_frames must be 2 n \+ 1 .* got 4; the nearest are 3 and 5"),
         (
