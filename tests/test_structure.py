@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 450
 
 # Files of opensora and folders of files -> what else in opensora they may import.
-_ALONE = ("config", "parallel", "video", "weight_files", "metrics", "families", "placements")
-_FILES = {name: set() for name in _ALONE} | {"config_files": {"config"}}
+_ALONE = ("config", "video", "weight_files", "metrics", "families", "placements")
+_FILES = {name: set() for name in _ALONE} | {"config_files": {"config"}, "parallel": {"config"}}
 _CHECKPOINTS = {"checkpoints": {"config", "config_files", "families", "placements", "weight_files"}}
 _LEAF_ROOMS = {room: {"config"} for room in ("data", "vae", "text", "models", "schedulers", "conditioning")}
 _BESIDE_THEM = {"training": {"config", "parallel"}, "presets": {"config", "data"}}
@@ -60,7 +60,11 @@ KERNEL_ROOMS = {"sequence_parallel", "vae", "integrations"}
 # Counts as a root file: what the Triton kernels of several operators share.
 ROOT_FOLDERS = {"_triton"}
 ONLY_ELSEWHERE = {"complex64", "complex128", "float64", "double", "cuda", "view_as_complex"}
-READ_ENVIRONMENT = {"opensora_kernels/backends.py", "opensora_kernels/_triton/__init__.py"}
+READ_ENVIRONMENT = {
+    "opensora_kernels/backends.py",
+    "opensora_kernels/_triton/__init__.py",
+    "opensora/parallel.py",  # torchrun's variables
+}
 
 
 def sources(*folders: str) -> dict[str, str]:

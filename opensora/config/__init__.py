@@ -24,16 +24,18 @@ from opensora.config.transformers import (
     STDiTConfig,
     TransformerConfig,
 )
-from opensora.config.vae_training import TrainVAEConfig, VAELossConfig
+from opensora.config.vae_training import AdversaryConfig, TrainVAEConfig, VAELossConfig
 from opensora.config.vaes import (
     CausalVideoVAEConfig,
     SpatialVAEConfig,
     TemporalVAEConfig,
+    VAEConfig,
     VAEKind,
     VideoVAEConfig,
 )
 
 __all__ = [
+    "AdversaryConfig",
     "BucketTable",
     "CausalVideoVAEConfig",
     "DPMSolverConfig",
@@ -60,6 +62,7 @@ __all__ = [
     "TrainVAEConfig",
     "TrainingSchedulerConfig",
     "TransformerConfig",
+    "VAEConfig",
     "VAEKind",
     "VAELossConfig",
     "VideoVAEConfig",

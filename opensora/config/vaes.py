@@ -92,3 +92,7 @@ class CausalVideoVAEConfig:
     loss_type: str = "opensora.models.ae.videobase.losses.LPIPSWithDiscriminator"
     loss_params: dict[str, Any] = field(default_factory=dict)
     scaling_factor: float = 0.18215
+
+
+VAEConfig = VideoVAEConfig | CausalVideoVAEConfig
+"""A VAE that can be trained."""

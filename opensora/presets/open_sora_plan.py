@@ -1,12 +1,14 @@
 """How Open-Sora-Plan 1.0 and 1.1 are sampled and trained alike.
 
-Source: PKU-YuanGroup/Open-Sora-Plan v1.0.0 and v1.1.0, opensora/sample/sample_t2v.py, opensora/train/train_t2v.py and
+Source: PKU-YuanGroup/Open-Sora-Plan v1.0.0 and v1.1.0, opensora/sample/sample_t2v.py, opensora/train and
 scripts/text_condition.
 """
 
 from __future__ import annotations
 
 from opensora.config import (
+    AdversaryConfig,
+    CausalVideoVAEConfig,
     DataConfig,
     DiffusersSamplerConfig,
     IDDPMConfig,
@@ -16,6 +18,8 @@ from opensora.config import (
     RunConfig,
     SampleConfig,
     TrainConfig,
+    TrainVAEConfig,
+    VAELossConfig,
 )
 
 TEXT_ENCODER = "DeepFloyd/t5-v1_1-xxl"
@@ -24,10 +28,16 @@ VIDEO_MODEL = "maxin-cn/Latte-1:transformer"
 
 
 def preset(
-    version: str, clip: str, transformer: LatteT2VConfig, training: dict[str, TrainConfig], *, is_default: bool
+    version: str,
+    clip: str,
+    transformer: LatteT2VConfig,
+    training: dict[str, TrainConfig],
+    vae_training: dict[str, TrainVAEConfig],
+    *,
+    is_default: bool,
 ) -> Preset:
     """The preset of weights for clips of "frames x height x width"; the default's name has no size in it and it has
-    all stages of `training`, which are named by their clips."""
+    all stages of `training`, which are named by their clips, and of `vae_training`."""
     name, repository = f"open-sora-plan-v{version}", f"LanguageBind/Open-Sora-Plan-v{version}.0"
     return Preset(
         name=name if is_default else f"{name}-{clip}",
@@ -40,6 +50,7 @@ def preset(
         scheduler=DiffusersSamplerConfig(sample_method="PNDM", num_sampling_steps=50, cfg_scale=7.5),
         sample=sampling(clip),
         training={stage: config for stage, config in training.items() if is_default or stage == clip},
+        vae_training=vae_training if is_default else {},
     )
 
 
@@ -91,5 +102,39 @@ def training(
     )
 
 
-def _output(version: str, clip: str) -> str:
-    return f"outputs/open-sora-plan-v{version.replace('.', '-')}-{clip}"
+def vae_training(
+    version: str,
+    stage: str,
+    vae: CausalVideoVAEConfig,
+    *,
+    before: str | None,
+    num_frames: int,
+    steps: int,
+    kind: str = "none",
+) -> TrainVAEConfig:
+    """The stage of clips of 256 x 256 pixels, one for each of 8 accelerators, LPIPS at full weight and a discriminator
+    of `kind`, which begins from the stage `before`.
+
+    Set `loss.perceptual_path` to the weights of LPIPS, or `loss.perceptual_weight` to 0. Upstream averaged no weights
+    before 1.2, where it did with a decay of 0.999: set `optimizer.ema_decay` to do the same.
+    """
+    optimizer = OptimizerConfig(lr=vae.lr, betas=(0.5, 0.9), eps=1e-8, ema_decay=0.0)
+    return TrainVAEConfig(
+        vae=vae,
+        loss=VAELossConfig(perceptual_weight=1.0, kl_weight=1e-6),
+        adversary=AdversaryConfig(kind=kind, start=2001, weight=0.5, optimizer=optimizer),
+        data=DataConfig(image_size=(256, 256), num_frames=num_frames, batch_size=1, num_workers=8),
+        optimizer=optimizer,
+        run=RunConfig(
+            output=_output(version, f"vae-{stage}"),
+            steps=steps,
+            seed=1006,
+            checkpoint_every=2000,
+            grad_checkpoint=True,
+        ),
+        initial_vae=None if before is None else f"{_output(version, f'vae-{before}')}/model/vae",
+    )
+
+
+def _output(version: str, stage: str) -> str:
+    return f"outputs/open-sora-plan-v{version.replace('.', '-')}-{stage}"

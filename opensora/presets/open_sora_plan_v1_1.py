@@ -6,9 +6,10 @@ later document on VAE training, since the tag v1.1.0 holds that of 1.0.0.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, get_args
 
-from opensora.config import CausalVideoVAEConfig, LatteT2VConfig, Preset, TrainConfig
+from opensora.config import CausalVideoVAEConfig, LatteT2VConfig, Preset, TrainConfig, TrainVAEConfig
 from opensora.presets import open_sora_plan
 
 Clip = Literal["65x512x512", "221x512x512", "513x512x512"]
@@ -17,7 +18,10 @@ Clip = Literal["65x512x512", "221x512x512", "513x512x512"]
 def preset(clip: Clip = "65x512x512") -> Preset:
     """How a release is sampled. Of 513x512x512 upstream published the configuration, its training was not finished."""
     stages = {stage: training(stage) for stage in _CLIPS}
-    return open_sora_plan.preset("1.1", clip, transformer(clip), stages, is_default=clip == get_args(Clip)[0])
+    vae_stages = {stage: vae_training(stage) for stage in _VAE_STAGES}
+    return open_sora_plan.preset(
+        "1.1", clip, transformer(clip), stages, vae_stages, is_default=clip == get_args(Clip)[0]
+    )
 
 
 def vae() -> CausalVideoVAEConfig:
@@ -50,3 +54,29 @@ def training(clip: Clip = "65x512x512") -> TrainConfig:
     before = {"65x512x512": None, "221x512x512": "65x512x512", "513x512x512": "221x512x512"}[clip]
     batch_size = 2 if clip == "65x512x512" else 1
     return open_sora_plan.training("1.1", clip, transformer(clip), before=before, batch_size=batch_size, num_images=4)
+
+
+def vae_training(stage: str = "stage1") -> TrainVAEConfig:
+    """`stage1`: 9 frames, from an image VAE, given as `image_vae`; `stage2`: 25 frames; `stage3`: resampling in time
+    starts again from equal shares; `gan2d`, `gan3d`: against a discriminator of frames, then of clips.
+
+    Each begins from the one before. The report gives the steps of the first and of the last two; the others take the
+    trainer's default.
+    """
+    if stage not in _VAE_STAGES:
+        raise ValueError(f"vae_training: stage must be one of {', '.join(_VAE_STAGES)}, got {stage!r}")
+    before, num_frames, steps, kind = _VAE_STAGES[stage]
+    config = open_sora_plan.vae_training(
+        "1.1", stage, vae(), before=before, num_frames=num_frames, steps=steps, kind=kind
+    )
+    return replace(config, mix_factor=0.5) if stage == "stage3" else config
+
+
+# The stage before, frames, steps, discriminator.
+_VAE_STAGES = {
+    "stage1": (None, 9, 100_000, "none"),
+    "stage2": ("stage1", 25, 100_000, "none"),
+    "stage3": ("stage2", 25, 100_000, "none"),
+    "gan2d": ("stage3", 25, 80_000, "2d"),
+    "gan3d": ("gan2d", 25, 80_000, "3d"),
+}

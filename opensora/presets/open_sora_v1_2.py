@@ -27,6 +27,7 @@ VAE = "hpcai-tech/OpenSora-VAE-v1.2"
 TRANSFORMER = "hpcai-tech/OpenSora-STDiT-v3"
 IMAGE_MODEL = "PixArt-alpha/PixArt-Sigma:PixArt-Sigma-XL-2-2K-MS.pth"
 IMAGE_VAE = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers:vae"
+IMAGE_VAE = "PixArt-alpha/pixart_sigma_sdxlvae_T5_ldm:vae"
 TEXT_ENCODER = "DeepFloyd/t5-v1_1-xxl"
 
 
@@ -103,13 +104,19 @@ def _output(stage: str) -> str:
 def vae_training(stage: str = "stage1") -> TrainVAEConfig:
     """`stage1`: the temporal half against the frozen image VAE; `stage2`: both; `stage3`: both, in pixels.
 
-    Upstream adds 0.1 x LPIPS in stage 3; set `loss.perceptual_weight` and `loss.perceptual_path` to do the same.
+    Each begins from the one before. Stage 3 cuts every clip to a random length of up to 33 frames, which zeros in front
+    fill up to whole latents, and adds 0.1 x LPIPS: set `loss.perceptual_path` to its weights, or
+    `loss.perceptual_weight` to 0.
     """
     in_pixels = stage == "stage3"
+    before = {"stage1": None, "stage2": "stage1", "stage3": "stage2"}[stage]
     return TrainVAEConfig(
         vae=VideoVAEConfig(),
         loss=VAELossConfig(
-            use_real_rec_loss=in_pixels, use_z_rec_loss=not in_pixels, use_image_identity_loss=stage == "stage1"
+            use_real_rec_loss=in_pixels,
+            use_z_rec_loss=not in_pixels,
+            use_image_identity_loss=stage == "stage1",
+            perceptual_weight=0.1 if in_pixels else 0.0,
         ),
         data=DataConfig(image_size=(256, 256), num_frames=33 if in_pixels else 17, batch_size=1, num_workers=8),
         optimizer=OptimizerConfig(lr=1e-5, eps=1e-8),
@@ -119,6 +126,8 @@ def vae_training(stage: str = "stage1") -> TrainVAEConfig:
             checkpoint_every=1000,
             grad_checkpoint=True,
         ),
+        image_vae=IMAGE_VAE if before is None else None,
+        initial_vae=None if before is None else f"outputs/open-sora-v1-2-vae-{before}/model/vae",
         freeze_spatial=stage == "stage1",
         mixed="random" if in_pixels else "image",
         mixed_image_ratio=0.2,

@@ -26,7 +26,6 @@ from opensora.config import (
     TrainVAEConfig,
     TransformerConfig,
     VAEKind,
-    VideoVAEConfig,
 )
 from opensora.data.aspect_ratios import get_resolution
 from opensora.presets import tiny
@@ -213,17 +212,29 @@ def _sample(config: SampleConfig, data: DataConfig, whole_chunks: bool) -> Sampl
 
 
 def _tiny_vae_training(config: TrainVAEConfig) -> TrainVAEConfig:
-    """The stacked VAE goes on from the embedded model's, so that a frozen 2-D half is one that was trained."""
-    changes: dict[str, Any] = {}
-    if isinstance(config.vae, VideoVAEConfig):
-        changes = {"vae": tiny.vae(), "initial_vae": str(tiny.ASSETS / "vae")}
-    data = replace(_data(replace(config.data, num_frames=1), False), num_frames=min(config.data.num_frames, 33))
+    """The stacked VAE goes on from the embedded model's, so that a frozen 2-D half is one that was trained; those of
+    Open-Sora-Plan begin from nothing unless told where. LPIPS is left out: its weights are not at hand everywhere."""
+    changes: dict[str, Any] = {"vae": tiny.vae(), "initial_vae": str(tiny.ASSETS / "vae"), "image_vae": None}
+    num_frames = min(config.data.num_frames, 33)
+    if isinstance(config.vae, CausalVideoVAEConfig):
+        changes = {"vae": small_causal_vae(config.vae), "initial_vae": None, "initial_log_variance": -4.0}
+        num_frames = _causal_frames(num_frames)
+    data = replace(_data(replace(config.data, num_frames=1), False), num_frames=num_frames)
+    adversary = replace(
+        config.adversary,
+        start=2 * (STEPS // 4),  # counted twice for each batch: after a quarter of the steps
+        channels=16,
+        num_layers=2,
+        optimizer=_optimizer(config.adversary.optimizer),
+    )
     return replace(
         config,
         data=replace(data, batch_size=2),
         optimizer=_optimizer(config.optimizer),
         run=_run(config.run),
         loss=replace(config.loss, perceptual_weight=0.0, perceptual_path=None),
+        adversary=adversary,
         num_statistics_clips=8,
+        num_validation_clips=4,
         **changes,
     )
