@@ -3,7 +3,8 @@
 Units: frames and pixels unless a name says `latent`; seconds for durations; timesteps from 0 (clean) to 1000 (noise).
 """
 
-from opensora.config.data import BucketTable, DataConfig
+from opensora.config.data import BucketTable, DataConfig, Fit
+from opensora.config.encoding import EncodeConfig
 from opensora.config.preset import Preset, VAEKind
 from opensora.config.runs import OptimizerConfig, ParallelConfig, RunConfig
 from opensora.config.sampling import Precision, SampleConfig
@@ -32,6 +33,8 @@ __all__ = [
     "DPMSolverConfig",
     "DataConfig",
     "DiffusersSamplerConfig",
+    "EncodeConfig",
+    "Fit",
     "IDDPMConfig",
     "LatteT2VConfig",
     "OptimizerConfig",
