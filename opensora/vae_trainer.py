@@ -43,11 +43,16 @@ def run_train_vae(
     prepare_process(config.run)
     vae = context.wrap(_build(config, context.device))
     loader = make_loader(
-        config.data, seed=config.run.seed, rank=context.data_rank, num_replicas=context.data_world_size
+        config.data,
+        seed=config.run.seed,
+        rank=context.data_rank,
+        num_replicas=context.data_world_size,
+        needs_captions=False,
     )
     heldout = None
     if config.data.validation:
-        heldout = make_loader(replace(config.data, manifest=config.data.validation, batch_size=1)).dataset
+        validation = replace(config.data, manifest=config.data.validation, batch_size=1)
+        heldout = make_loader(validation, needs_captions=False).dataset
     task = _VAETask(config, vae, loader.dataset, heldout, context)
     job = Job({"vae": vae}, LoaderBatches(loader), task.loss, task.export, config, task.sample)
     return run_job(job, config.optimizer, config.run, context, resume=resume)
