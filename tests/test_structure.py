@@ -35,8 +35,9 @@ _MODELS = {
 _JOINTS = {
     "sampling": {"config", "conditioning", "data", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
+    "encoding": {"conditioning", "config", "data", "text"},
     "sampler": {*_BELOW, "loading", "sampling"},
-    "trainer": {*_BELOW, "sampler"},
+    "trainer": {*_BELOW, "encoding", "sampler"},
     "vae_trainer": {*_BELOW},
     "reconstruction": {"checkpoints", "config", "config_files", "vae", "video"},
 }

@@ -17,7 +17,7 @@ class EncodeConfig:
     `storage` is the type on disk, `dtype` and `text_dtype` those of the models. Embeddings are cut to the tokens of
     their caption unless `keep_padding`. `append_scores` adds the manifest's scores to the captions. `batch_size` clips
     of one size are encoded at once; `shard_bytes` is the size at which a shard is written. `text_encoder` "" encodes no
-    captions.
+    captions. `retry_unread` tries clips again that could not be read before.
     """
 
     output: str = ""
@@ -32,6 +32,7 @@ class EncodeConfig:
     append_scores: bool = False
     batch_size: int = 1
     shard_bytes: int = 1 << 30
+    retry_unread: bool = False
     seed: int = 42
     dtype: Precision = "bf16"
     text_dtype: Precision = "bf16"
