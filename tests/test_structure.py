@@ -36,6 +36,7 @@ _JOINTS = {
     "sampling": {"config", "conditioning", "data", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
     "encoding": {"conditioning", "config", "data", "text"},
+    "bucket_sizes": {"checkpoints", "config", "data", "loading", "schedulers", "vae"},
     "sampler": {*_BELOW, "loading", "sampling"},
     "trainer": {*_BELOW, "encoding", "sampler"},
     "vae_trainer": {*_BELOW},

@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": ("opensora.cli.sample", "make images and videos from text"),
     "reconstruct": ("opensora.cli.reconstruct", "encode and decode a video, and measure what is lost"),
     "encode": ("opensora.cli.encode", "encode clips and captions once, before a training"),
+    "find-batch-sizes": ("opensora.cli.find_batch_sizes", "measure which batch of each bucket takes equally long"),
     "train": ("opensora.cli.train", "train a diffusion transformer"),
     "train-vae": ("opensora.cli.train_vae", "train a video VAE"),
     "inspect": ("opensora.cli.inspect", "say what a checkpoint is, without reading its weights"),
