@@ -39,9 +39,11 @@ _JOINTS = {
     "initial_weights": {"adaptation", "checkpoints", "config", "conversion", "families", "training", "weight_files"},
     "sampling": {"config", "conditioning", "data", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
+    "encoding": {"conditioning", "config", "data", "text"},
+    "bucket_sizes": {"checkpoints", "config", "data", "loading", "schedulers", "vae"},
     "tiny_parts": {"checkpoints", "config", "data", "models", "presets", "vae", "video"},
     "sampler": {*_BELOW, "loading", "sampling"},
-    "trainer": {*_BELOW, "inputs", "initial_weights", "latents", "loading", "sampler", "validation"},
+    "trainer": {*_BELOW, "encoding", "inputs", "initial_weights", "latents", "loading", "sampler", "validation"},
     "vae_trainer": {*_BELOW},
     "reconstruction": {"checkpoints", "config", "config_files", "vae", "video"},
 }
