@@ -18,7 +18,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "oracles"
 ALL = SHARED / "open-sora"
 SIZE_LIMIT = 8_000_000
 # Of Open-Sora-Plan, cases that train, evaluate or load data wait.
-LATER = ("vae-loss-", "discriminators-", "dataset-logic", "sequence-parallel-comm", "eval-metrics")
+LATER = ("vae-loss-", "discriminators-", "dataset-logic", "eval-metrics")
 
 committed_cases = find_cases(COMMITTED)
 committed_names = {case.name for case in committed_cases}
