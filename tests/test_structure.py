@@ -36,7 +36,7 @@ _JOINTS = {
     "inputs": {"conditioning", "config", "data", "text"},
     "latents": {"config", "data", "inputs", "parallel", "training"},
     "validation": {"config", "data", "inputs", "parallel", "schedulers"},
-    "initial_weights": {"adaptation", "checkpoints", "config", "conversion", "families", "training", "weight_files"},
+    "initial_weights": {"adaptation", "checkpoints", "config", "conversion", "families", "weight_files"},
     "sampling": {"config", "conditioning", "data", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
     "encoding": {"conditioning", "config", "data", "text"},
