@@ -4,6 +4,7 @@
     images.csv               still images alone
     vae-frames               the 2-D half of the embedded model's VAE
     vae-causal-1.0, -1.1     CausalVideoVAE as released, with fewer channels and random weights
+    image-model              a transformer for images as PixArt's, of random weights
 
 Latents of the VAEs have mean 0 and deviation 1. Processes may make the same folder at once: each writes one of its own,
 and the first to finish gives it its name.
@@ -21,13 +22,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opensora.checkpoints import load_model, save_model
-from opensora.config import VideoVAEConfig
+from opensora.config import STDiTConfig, VideoVAEConfig
 from opensora.data.shapes import generate
+from opensora.models import STDiT
 from opensora.presets import open_sora_plan_v1_0, open_sora_plan_v1_1, tiny
-from opensora.presets.scaling import MADE, small_causal_vae
+from opensora.presets.scaling import CAPTION_CHANNELS, LATENT_CHANNELS, MADE, TEXT_LENGTH, small_causal_vae
 from opensora.vae import CausalVideoVAE, VideoVAE
 from opensora.vae.frame_vae import SCALING_FACTOR
 from opensora.video import write_mp4, write_png
@@ -59,7 +62,7 @@ def complete(config: Config, folder: str | Path) -> Config:
 def _made(folder: Path, name: str) -> Path:
     if name.endswith(".csv"):
         return _once(folder / "data", _write_data) / name
-    return _once(folder / name, _VAES[name])
+    return _once(folder / name, _MODELS[name])
 
 
 def _once(folder: Path, write: Callable[[Path], None]) -> Path:
@@ -121,14 +124,32 @@ def _images(folder: Path, name: str, count: int, *, seed: int) -> list[tuple[Any
 
 
 def _write_frame_vae(folder: Path) -> None:
-    """An AutoencoderKL as diffusers saves it, whose latents have the deviation that `FrameVAE` expects of them."""
-    module = load_model(tiny.ASSETS / "vae", VideoVAE, VideoVAEConfig, dtype=torch.float32).spatial_vae.module
-    moments = module.encode(_first_frames(16)).latent_dist.parameters
-    mean_C, std_C = _standardise(module.quant_conv, moments, scale=SCALING_FACTOR)
-    decoding = module.post_quant_conv  # undoes it
-    decoding.bias += decoding.weight[:, :, 0, 0] @ mean_C
-    decoding.weight *= std_C[None, :, None, None]
-    module.save_pretrained(folder)
+    """An AutoencoderKL as diffusers saves it, whose latents have the deviation that `FrameVAE` expects of them.
+
+    Its 16 channels are the 8 of the embedded model's 2-D VAE, turned in a space of twice as many.
+    """
+    from diffusers import AutoencoderKL
+
+    narrow = load_model(tiny.ASSETS / "vae", VideoVAE, VideoVAEConfig, dtype=torch.float32).spatial_vae.module
+    moments = narrow.encode(_first_frames(16)).latent_dist.parameters
+    mean_C, std_C = _standardise(narrow.quant_conv, moments, scale=SCALING_FACTOR)
+    wide = AutoencoderKL(**{**narrow.config, "latent_channels": LATENT_CHANNELS["frames"]})
+    state, own = narrow.state_dict(), wide.state_dict()
+    for name, tensor in own.items():
+        part = tensor.zero_()[tuple(slice(size) for size in state[name].shape)]
+        part.copy_(state[name])
+    num_narrow, num_wide = len(mean_C), LATENT_CHANNELS["frames"]
+    turn_WN, _ = torch.linalg.qr(torch.randn(num_wide, num_narrow, generator=torch.Generator().manual_seed(0)))
+    turn_WN *= (num_wide / num_narrow) ** 0.5
+    encoding, decoding = wide.quant_conv, wide.post_quant_conv
+    from_means, bias = state["quant_conv.weight"][:num_narrow, :, 0, 0], state["quant_conv.bias"][:num_narrow]
+    encoding.weight.zero_()[:num_wide, : 2 * num_narrow, 0, 0] = turn_WN @ from_means
+    encoding.bias.copy_(torch.cat([turn_WN @ bias, torch.full((num_wide,), LOG_VARIANCE)]))
+    back_NW = torch.linalg.pinv(turn_WN)
+    to_decoder = state["post_quant_conv.weight"][:, :, 0, 0]
+    decoding.weight.zero_()[:num_narrow, :, 0, 0] = to_decoder @ (std_C[:, None] * back_NW)
+    decoding.bias.zero_()[:num_narrow] = state["post_quant_conv.bias"] + to_decoder @ mean_C
+    wide.save_pretrained(folder)
 
 
 def _write_causal_vae(folder: Path, version: str) -> None:
@@ -144,6 +165,25 @@ def _write_causal_vae(folder: Path, version: str) -> None:
     moments.chunk(2, dim=1)[1].fill_(LOG_VARIANCE)
     _standardise(layer, moments, scale=vae.config.scaling_factor)
     save_model(folder, vae, vae.config)
+
+
+def _write_image_model(folder: Path) -> None:
+    """STDiT without its temporal attention, which is what makes it more than PixArt."""
+    config = STDiTConfig(
+        hidden_size=48,
+        depth=2,
+        num_heads=4,
+        in_channels=LATENT_CHANNELS["frames"],
+        caption_channels=CAPTION_CHANNELS,
+        model_max_length=TEXT_LENGTH,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = STDiT(config).state_dict()
+    save_file(
+        {name: tensor for name, tensor in state.items() if ".attn_temp." not in name and "pos_embed" not in name},
+        folder / "model.safetensors",
+    )
 
 
 def _first_frames(count: int) -> Tensor:
@@ -164,7 +204,8 @@ def _standardise(quantiser: nn.Module, moments: Tensor, *, scale: float) -> tupl
     return mean_C, std_C
 
 
-_VAES: dict[str, Callable[[Path], None]] = {
+_MODELS: dict[str, Callable[[Path], None]] = {
+    "image-model": _write_image_model,
     "vae-frames": _write_frame_vae,
     "vae-causal-1.0": lambda folder: _write_causal_vae(folder, "1.0"),
     "vae-causal-1.1": lambda folder: _write_causal_vae(folder, "1.1"),

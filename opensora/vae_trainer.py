@@ -59,11 +59,16 @@ def run_train_vae(
     discriminator = _build_discriminator(config, lengths)
     perceptual = _load_perceptual(config, context.device)
     loader = make_loader(
-        config.data, seed=config.run.seed, rank=context.data_rank, num_replicas=context.data_world_size
+        config.data,
+        seed=config.run.seed,
+        rank=context.data_rank,
+        num_replicas=context.data_world_size,
+        needs_captions=False,
     )
     heldout = None
     if config.data.validation:
-        heldout = make_loader(replace(config.data, manifest=config.data.validation, batch_size=1)).dataset
+        validation = replace(config.data, manifest=config.data.validation, batch_size=1)
+        heldout = make_loader(validation, needs_captions=False).dataset
     vae = context.wrap(vae)
     discriminator = context.wrap(discriminator, is_sharded=False) if discriminator is not None else None
     task = _VAETask(config, vae, discriminator, perceptual, loader.dataset, heldout, context)

@@ -4,6 +4,7 @@ Units: frames and pixels unless a name says `latent`; seconds for durations; tim
 """
 
 from opensora.config.data import BucketTable, DataConfig, Fit
+from opensora.config.encoding import EncodeConfig
 from opensora.config.preset import Preset
 from opensora.config.runs import OptimizerConfig, ParallelConfig, RunConfig
 from opensora.config.sampling import Precision, SampleConfig
@@ -41,6 +42,7 @@ __all__ = [
     "DPMSolverConfig",
     "DataConfig",
     "DiffusersSamplerConfig",
+    "EncodeConfig",
     "Fit",
     "IDDPMConfig",
     "LatteT2VConfig",

@@ -35,7 +35,9 @@ Training = TypeVar("Training", TrainConfig, TrainVAEConfig)
 
 MADE = "made:"
 STEPS = 200
-LATENT_CHANNELS: dict[VAEKind, int] = {"frames": tiny.FRAME_CHANNELS, "stacked": tiny.LATENT_CHANNELS, "causal": 4}
+# The image VAE has as many as the stacked one: on the way to Open-Sora 1.2 one takes the other's place.
+LATENT_CHANNELS: dict[VAEKind, int] = {"frames": tiny.LATENT_CHANNELS, "stacked": tiny.LATENT_CHANNELS, "causal": 4}
+CAPTION_CHANNELS, TEXT_LENGTH = 64, 24
 # Pixels up to which a resolution becomes that one.
 _RESOLUTIONS = ((256**2, "32"), (512**2, "48"), (math.inf, "64"))
 _CHUNK = 17
@@ -65,7 +67,7 @@ def _tiny_training(config: TrainConfig) -> TrainConfig:
         run=_run(config.run),
         vae=_vae(config),
         text_encoder=str(tiny.ASSETS / "text_encoder"),
-        initial_transformer=None,
+        initial_transformer=f"{MADE}image-model" if _starts_from_pixart(config) else None,
         num_validation_clips=2,
         sample_prompts=("a red circle moving left",),
         sample=_sample(config.sample, data, whole_chunks),
@@ -73,7 +75,7 @@ def _tiny_training(config: TrainConfig) -> TrainConfig:
 
 
 def _transformer(config: TransformerConfig, vae_kind: VAEKind) -> TransformerConfig:
-    text = {"caption_channels": 64, "model_max_length": 24}
+    text = {"caption_channels": CAPTION_CHANNELS, "model_max_length": TEXT_LENGTH}
     channels = LATENT_CHANNELS[vae_kind]
     if isinstance(config, LatteT2VConfig):
         frames = 1 + 4 * (config.video_length - 1)
@@ -95,6 +97,10 @@ def _transformer(config: TransformerConfig, vae_kind: VAEKind) -> TransformerCon
         frames, height, width = small.input_size
         return replace(small, input_size=(_root(frames), height // 4, width // 4))
     return replace(small, input_sq_size=config.input_sq_size // 8)
+
+
+def _starts_from_pixart(config: TrainConfig) -> bool:
+    return (config.initial_transformer or "").endswith(".pth")
 
 
 def _vae(config: TrainConfig) -> str:

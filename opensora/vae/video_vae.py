@@ -62,6 +62,13 @@ class VideoVAE(nn.Module):
         z, _ = self._encode_time(x_z, draw_noise if sample_posterior else None)
         return (z - self.shift) / self.scale
 
+    def encode_moments(self, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the temporal posterior, normalised as `encode` does, of the 2-D one's mean."""
+        self._check_pixels("encode", x_BCTHW)
+        mean, posteriors = self._encode_time(self.spatial_vae.encode(x_BCTHW, None), None)
+        std = torch.cat([posterior.std for posterior in posteriors], dim=2)
+        return (mean - self.shift) / self.scale, std / self.scale
+
     def decode(self, z_BCTHW: Tensor, num_frames: int) -> Tensor:
         """Pixels of normalised latents: (B, 3, num_frames, H, W), not clamped.
 

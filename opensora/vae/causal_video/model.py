@@ -74,6 +74,12 @@ class CausalVideoVAE(nn.Module):
         z = posterior.sample(draw_noise or normal_noise(generator)) if sample_posterior else posterior.mode()
         return z * self.config.scaling_factor
 
+    def encode_moments(self, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior that `encode` samples, scaled as it does."""
+        self._check_pixels(x_BCTHW)
+        posterior = self.posterior(x_BCTHW)
+        return posterior.mode() * self.config.scaling_factor, posterior.std * self.config.scaling_factor
+
     def decode(
         self,
         z_BCTHW: Tensor,
