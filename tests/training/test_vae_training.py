@@ -35,6 +35,7 @@ CAUSAL = replace(
 )
 VAES = {"stacked": VAE, "causal": CAUSAL}
 # From the second step on: its counter is at 2 then for the VAE.
+SHARP = ("sharpness", "psnr")
 GAN = AdversaryConfig(kind="2d", start=2, channels=4, num_layers=1)
 
 
@@ -61,7 +62,7 @@ def test_training_against_a_discriminator_resumes_as_if_unbroken(folder: Path, t
     adversary = replace(GAN, kind="3d") if kind == "causal" else GAN
     changes = {"vae": VAES[kind], "adversary": adversary, "initial_log_variance": -4.0}
     for output, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
-        run = run_of(folder, tmp_path / output, steps=steps, dtype=dtype)
+        run = run_of(folder, tmp_path / output, steps=steps, dtype=dtype, grad_checkpoint=kind == "stacked")
         train_small("vae", folder, tmp_path / output, run=run, resume=(output, steps) == ("parts", 4), **changes)
     whole, parts = (read_losses(tmp_path / output) for output in ("whole", "parts"))
     names = ("step", "loss", "reconstruction", "adversarial", "logits_real", "logits_fake")
@@ -140,6 +141,35 @@ def test_sharpness_is_the_share_of_gradient_energy_that_is_left():
     torch.testing.assert_close(same, torch.tensor([100.0, 1.0, 1.0], dtype=torch.float64))
     halved = vae_trainer._scores(frames, (frames.float() / 2 + 64).round().to(torch.uint8))
     assert halved[2].item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_discriminator_makes_reconstructions_sharper_at_the_same_psnr(folder: Path, tmp_path: Path, monkeypatch):
+    found: dict[str, dict[str, float]] = {}
+    measure = vae_trainer._VAETask.validate
+
+    def remember(task, step: int) -> dict[str, float]:
+        return found.setdefault(Path(task.config.run.output).name, measure(task, step))
+
+    monkeypatch.setattr(vae_trainer._VAETask, "validate", remember)
+    config = vae_config(folder, tmp_path)
+    optimizer = replace(config.optimizer, lr=2e-3, betas=(0.5, 0.9), accumulation_steps=1)
+    common = {
+        "vae": replace(CAUSAL, z_channels=1, embed_dim=1),  # so few latents that details are lost
+        "data": replace(config.data, validation=config.data.manifest, batch_size=3, cache_in_memory=True),
+        "optimizer": optimizer,
+        "mixed": "none",
+    }
+    gan = AdversaryConfig("2d", start=0, weight=0.25, channels=16, num_layers=1, optimizer=replace(optimizer, lr=1e-3))
+    first = run_of(folder, tmp_path / "first", steps=60)
+    result = train_small("vae", folder, tmp_path / "first", run=first, initial_log_variance=-4.0, **common)
+    for name, adversary in (("without", AdversaryConfig()), ("with", gan)):
+        run = run_of(folder, tmp_path / name, steps=40, validate_every=40, log_every=40)
+        initial = str(result.model / "vae")
+        train_small("vae", folder, tmp_path / name, run=run, initial_vae=initial, adversary=adversary, **common)
+    # measured on one core: sharpness 0.27 against 0.13, PSNR 16.6 dB against 16.5
+    sharpness, psnr = ([found[name][f"validation/{score}"] for name in ("with", "without")] for score in SHARP)
+    assert sharpness[0] > 1.4 * sharpness[1]
+    assert abs(psnr[0] - psnr[1]) < 1
 
 
 def test_random_lengths_of_a_causal_vae_are_those_it_takes():
