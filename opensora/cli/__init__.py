@@ -21,6 +21,7 @@ COMMANDS = {
     "find-batch-sizes": ("opensora.cli.find_batch_sizes", "measure which batch of each bucket takes equally long"),
     "train": ("opensora.cli.train", "train a diffusion transformer"),
     "train-vae": ("opensora.cli.train_vae", "train a video VAE"),
+    "train-all": ("opensora.cli.train_all", "train every stage of every preset, scaled down"),
     "inspect": ("opensora.cli.inspect", "say what a checkpoint is, without reading its weights"),
     "convert": ("opensora.cli.convert", "write a checkpoint in another layout, or adapt it to the next model"),
     "pack": ("opensora.cli.pack", "make a small model folder of finished training runs"),

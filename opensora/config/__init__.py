@@ -5,7 +5,7 @@ Units: frames and pixels unless a name says `latent`; seconds for durations; tim
 
 from opensora.config.data import BucketTable, DataConfig, Fit
 from opensora.config.encoding import EncodeConfig
-from opensora.config.preset import Preset, VAEKind
+from opensora.config.preset import Preset
 from opensora.config.runs import OptimizerConfig, ParallelConfig, RunConfig
 from opensora.config.sampling import Precision, SampleConfig
 from opensora.config.schedulers import (
@@ -15,6 +15,7 @@ from opensora.config.schedulers import (
     RectifiedFlowConfig,
     SampleMethod,
     SchedulerConfig,
+    TrainingSchedulerConfig,
 )
 from opensora.config.training import TrainConfig
 from opensora.config.transformers import (
@@ -24,10 +25,18 @@ from opensora.config.transformers import (
     STDiTConfig,
     TransformerConfig,
 )
-from opensora.config.vae_training import TrainVAEConfig, VAELossConfig
-from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VideoVAEConfig
+from opensora.config.vae_training import AdversaryConfig, TrainVAEConfig, VAELossConfig
+from opensora.config.vaes import (
+    CausalVideoVAEConfig,
+    SpatialVAEConfig,
+    TemporalVAEConfig,
+    VAEConfig,
+    VAEKind,
+    VideoVAEConfig,
+)
 
 __all__ = [
+    "AdversaryConfig",
     "BucketTable",
     "CausalVideoVAEConfig",
     "DPMSolverConfig",
@@ -53,7 +62,9 @@ __all__ = [
     "TemporalVAEConfig",
     "TrainConfig",
     "TrainVAEConfig",
+    "TrainingSchedulerConfig",
     "TransformerConfig",
+    "VAEConfig",
     "VAEKind",
     "VAELossConfig",
     "VideoVAEConfig",

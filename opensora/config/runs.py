@@ -30,7 +30,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long a training runs and what it leaves behind in `output`."""
+    """How long a training runs and what it leaves behind in `output`.
+
+    `validate_every` and `sample_every` count steps; 0 never does. A bad loss is one that is not finite, whose gradient
+    is not, or that exceeds `spike_factor` x the running mean (0: no such check); `on_bad_loss` says whether the run
+    then stops, leaves that update out, or goes back to the last checkpoint with the batches after the bad one;
+    after more than `max_bad_steps` of them in a row it stops. `recipe` names the preset and stage: a checkpoint of
+    another recipe is refused.
+    """
 
     output: str = "outputs"
     steps: int = 1000
@@ -41,7 +48,13 @@ class RunConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     sample_every: int = 0
+    validate_every: int = 0
     grad_checkpoint: bool = False
+    validate_every: int = 0
+    on_bad_loss: Literal["stop", "skip", "roll_back"] = "stop"
+    spike_factor: float = 0.0
+    max_bad_steps: int = 10
+    recipe: str = ""
     tensorboard: bool = True
     num_threads: int | None = None
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opensora.config import OptimizerConfig, RunConfig
 from opensora.parallel import ParallelContext
 from opensora.training import Job, ShuffledBatches, TrainingResult, prepare_process, run_job
-from opensora.training.checkpoint import write_tensors
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-8, warmup_steps=2, decay="cosine", ema_decay=0.9)
 
@@ -65,7 +65,7 @@ def train(
         return error, {"half": error / 2}
 
     def export(folder: Path, states: dict[str, dict[str, Tensor]]) -> None:
-        write_tensors(folder / "toy.safetensors", states["toy"])
+        save_file({name: tensor.contiguous() for name, tensor in states["toy"].items()}, folder / "toy.safetensors")
 
     job = Job({"toy": model}, batches, loss, export, {"optimizer": optimizer}, hooks.sample)
     return run_job(job, optimizer, run, ParallelContext.single_process("cpu"), resume=resume)
