@@ -276,8 +276,11 @@ def encoding_settings(
         "model_max_length": 0 if text is None else text.model_max_length,
         "clips": clips.hexdigest(),
         "buckets": data.buckets,
-        **{name: getattr(data, name) for name in ("image_size", "num_frames", "frame_interval", "fit")},
-        **{name: getattr(config, name) for name in ("windows", "store", "storage", "keep_padding")},
+        **{
+            name: getattr(data, name)
+            for name in ("image_size", "num_frames", "frame_interval", "fit", "flip", "file_fps")
+        },
+        **{name: getattr(config, name) for name in ("windows", "store", "storage", "keep_padding", "tile_vae")},
         **{name: getattr(config, name) for name in ("seed", "dtype", "text_dtype")},
     }
 

@@ -63,6 +63,7 @@ def _defaults(training: TrainConfig) -> EncodeConfig:
         data=replace(training.data, encoded="", cache_in_memory=False, use_image_num=0, image_manifest=""),
         vae=training.vae,
         vae_kind=training.vae_kind,
+        tile_vae=training.tile_vae,
         text_encoder=training.text_encoder,
         model_max_length=training.transformer.model_max_length,
         seed=training.run.seed,
@@ -77,10 +78,13 @@ def _encode(config: EncodeConfig, rank: int, world_size: int) -> EncodeResult:
     from opensora.encoding import run_encode
     from opensora.loading import load_text_encoder, load_vae
     from opensora.parallel import DTYPES
+    from opensora.vae import VAETiling
 
     logging.disable_progress_bar()
     device = _device(config.device)
     vae = load_vae(config.vae, config.vae_kind, dtype=DTYPES[config.dtype], device=device)
+    if config.tile_vae and config.vae_kind == "causal":
+        vae.tiling = VAETiling()
     text: Any = None
     if config.text_encoder:
         text = load_text_encoder(

@@ -18,13 +18,14 @@ class EncodeConfig:
     `storage` is the type on disk, `dtype` and `text_dtype` those of the models. Embeddings are cut to the tokens of
     their caption unless `keep_padding`. `batch_size` clips
     of one size are encoded at once; `shard_bytes` is the size at which a shard is written. `text_encoder` "" encodes no
-    captions. `retry_unread` tries clips again that could not be read before.
+    captions. `tile_vae` is that of the training. `retry_unread` tries clips again that could not be read before.
     """
 
     output: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     vae: str = ""
     vae_kind: VAEKind = "stacked"
+    tile_vae: bool = False
     text_encoder: str = ""
     model_max_length: int = 300
     windows: int = 1
