@@ -13,7 +13,6 @@ from opensora.checkpoints import load_weights, resolve
 from opensora.config import TransformerConfig
 from opensora.conversion import read_state
 from opensora.families import recognise
-from opensora.training import Checkpoints
 from opensora.weight_files import weight_files
 
 # Of a transformer's fields those that may change within a run: what is trained and dropped, not what is computed.
@@ -50,10 +49,15 @@ def start_from(transformer: nn.Module, source: str | Path) -> str:
     return str(load_weights(transformer, location, strict=False))
 
 
+def newest_checkpoint(output: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, as this process sees it."""
+    return max((Path(output) / "checkpoints").glob("step-*"), default=None)
+
+
 def check_resumed(output: str | Path, transformer: TransformerConfig) -> None:
     """Errors: ValueError when the newest checkpoint in `output` is of another model, with the fields that differ."""
-    latest = Checkpoints(Path(output) / "checkpoints", keep=1).latest()
-    if latest is None or not (latest / "state.json").is_file():
+    latest = newest_checkpoint(output)
+    if latest is None:
         return
     stored = json.loads((latest / "state.json").read_text()).get("config") or {}
     before = stored.get("transformer") if isinstance(stored, dict) else None

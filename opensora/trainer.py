@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from opensora.checkpoints import save_model
 from opensora.conditioning.masks import MaskGenerator
 from opensora.config import IDDPMConfig, LatteT2VConfig, TrainConfig
-from opensora.data.loader import make_loader
-from opensora.initial_weights import check_resumed, start_from
+from opensora.data.encoded import EncodedDataset
+from opensora.data.loader import ClipLoader, make_loader
+from opensora.data.prefetch import Prefetcher
+from opensora.encoding import check_encoded
+from opensora.initial_weights import check_resumed, newest_checkpoint, start_from
 from opensora.inputs import Encoders, Inputs, captions_of
 from opensora.latents import cached_batches
 from opensora.loading import MODEL_OF, load_vae
@@ -27,7 +30,7 @@ from opensora.sampler import Sampler
 from opensora.schedulers import TrainingScheduler, build
 from opensora.text.t5 import TextEncoder
 from opensora.text.tiny import build_tiny_text_encoder
-from opensora.training import Batches, Checkpoints, Job, LoaderBatches, TrainingResult, prepare_process, run_job
+from opensora.training import Batches, Job, LoaderBatches, TrainingResult, prepare_process, run_job
 from opensora.vae import VAETiling
 from opensora.validation import HeldOut, held_out, summary, validation_losses, write_losses
 from opensora.video import write_contact_sheet
@@ -51,44 +54,49 @@ def run_train(config: TrainConfig, *, resume: bool = False, context: ParallelCon
     loader = make_loader(
         config.data, seed=config.run.seed, rank=context.data_rank, num_replicas=context.data_world_size
     )
-    text = _text_encoder(config, loader.dataset.manifest.clips, context)
-    vae = _vae(config, context)
+    vae, text = _encoders(config, loader.dataset, context)
     transformer = context.wrap(_transformer(config))
     encoders = Encoders(
         vae, text, context.device, trains_text=config.train_text_encoder, keeps_texts=config.cache_latents
     )
     task = _Task(config, transformer, encoders, build(config.scheduler), context, _held_out(config))
     task.check()
-    batches: Batches = LoaderBatches(loader)
-    if config.cache_latents:
-        batches = cached_batches(config, encoders, loader.dataset, context)
     modules: dict[str, nn.Module] = {"transformer": transformer}
     if config.train_text_encoder:
         modules["text_encoder"] = text
     elif text is not None:
         text.to(DTYPES[config.run.dtype]).requires_grad_(False).eval()
-    if task.held_out is not None and not (
-        resume and Checkpoints(Path(config.run.output) / "checkpoints", keep=1).all()
-    ):
-        task.validate_start()
     job = Job(
         modules,
-        batches,
+        _batches(config, encoders, loader, context),
         task.loss,
         task.export,
         config,
         sample=task.sample if config.sample_prompts else None,
         validate=task.validate if task.held_out is not None else None,
     )
+    if task.held_out is not None and context.from_main(newest_checkpoint(config.run.output)) is None:
+        task.validate_start()
     return run_job(job, config.optimizer, config.run, context, resume=resume)
+
+
+def _batches(config: TrainConfig, encoders: Encoders, loader: ClipLoader, context: ParallelContext) -> Batches:
+    if config.cache_latents:
+        return cached_batches(config, encoders, loader.dataset, context)
+    if context.device.type != "cpu" or config.data.num_workers:
+        return Prefetcher(loader, context.device)
+    return LoaderBatches(loader)
 
 
 def _check(config: TrainConfig) -> None:
     """Refuses what no files are needed to see."""
     if not 0 <= config.image_ratio <= 1:
         raise ValueError(f"train: image_ratio must lie in [0, 1], got {config.image_ratio}")
-    if config.cache_latents and config.data.buckets:
-        raise ValueError("train: cache_latents needs clips of one size, got data.buckets; set one of them only")
+    for name in ("buckets", "encoded", "use_image_num"):
+        if config.cache_latents and getattr(config.data, name):
+            raise ValueError(
+                f"train: cache_latents needs clips of one size alone, got data.{name}; set one of them only"
+            )
     MaskGenerator(config.mask_ratios)  # refuses unknown kinds now, not after the clips are encoded
     if isinstance(config.transformer, LatteT2VConfig):
         if config.mask_ratios:
@@ -100,7 +108,25 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"train: scheduler must be an IDDPMConfig for LatteT2V, got {kind}")
 
 
-def _text_encoder(config: TrainConfig, clips: tuple[Any, ...], context: ParallelContext) -> TextEncoder | None:
+def _encoders(config: TrainConfig, dataset: Any, context: ParallelContext) -> tuple[Any | None, TextEncoder | None]:
+    """VAE and text encoder, as far as clips and captions are not stored encoded, or are shown beside the training."""
+    stored = getattr(dataset, "clips", dataset)  # the clips of a joint data set
+    is_stored = isinstance(stored, EncodedDataset)
+    is_shown = bool(config.run.validate_every and config.data.validation)
+    is_shown |= bool(config.run.sample_every and config.sample_prompts)
+    text = vae = None
+    if is_shown or not (is_stored and stored.settings["text_encoder"]):
+        text = _text_encoder(config, dataset.manifest.clips, context)
+    if is_shown or not is_stored:
+        vae = _vae(config, context)
+    if is_stored:
+        check_encoded(stored, config.transformer, vae=vae, text=text)
+        if config.train_text_encoder and stored.settings["text_encoder"]:
+            raise ValueError(f"train: train_text_encoder needs captions as text, but {stored.folder} holds embeddings")
+    return vae, text
+
+
+def _text_encoder(config: TrainConfig, clips: tuple[Any, ...], context: ParallelContext) -> TextEncoder:
     length = config.transformer.model_max_length
     if config.text_encoder:
         encoder = TextEncoder.from_pretrained(config.text_encoder, model_max_length=length)
@@ -113,12 +139,13 @@ def _text_encoder(config: TrainConfig, clips: tuple[Any, ...], context: Parallel
 
 
 def _vae(config: TrainConfig, context: ParallelContext) -> Any:
+    if not config.vae:
+        raise ValueError("train: vae must name a folder, file or hub id, got ''")
     vae = load_vae(config.vae, config.vae_kind, dtype=DTYPES[config.run.dtype], device=context.device)
     if config.tile_vae:
         if config.vae_kind != "causal":
             raise ValueError(f"train: tile_vae is for the causal VAE alone, got vae_kind {config.vae_kind}")
-        is_whole = getattr(config.transformer, "version", "1.1") == "1.0"  # it had no windows in time
-        vae.tiling = VAETiling(sample_frames=None, latent_frames=None) if is_whole else VAETiling()
+        vae.tiling = VAETiling()
     return vae.requires_grad_(False)
 
 

@@ -107,7 +107,7 @@ def test_the_command_measures_a_small_model_and_training_takes_the_table(tmp_pat
     assert [line.split(":")[0].split() for line in lines] == [["144p,", f"{n}", "frames"] for n in (1, 17)]
     table = printed.removeprefix("--data.buckets '").removesuffix("'")
     seen = []
-    monkeypatch.setattr("opensora.cli.train._train", lambda config, resume: seen.append(config) or 1 / 0)
+    monkeypatch.setattr("opensora.cli.train._train", lambda config, resume, context: seen.append(config) or 1 / 0)
     for given in (["--data.buckets", table], ["--config", str(output)]):
         with pytest.raises(ZeroDivisionError):
             main(["train", "--preset", "open-sora-v1.2", *given])

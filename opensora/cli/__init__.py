@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _cleaning_up():
             return importlib.import_module(COMMANDS[name][0]).run(arguments[1:])
     except KeyboardInterrupt as interrupt:
-        print(f"opensora {name}: stopped{''.join(f'; {text}' for text in interrupt.args)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"opensora {name}: stopped{''.join(f'; {text}' for text in interrupt.args)}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("OPENSORA_TRACEBACK"):
@@ -87,6 +88,8 @@ def _is_about_the_machine(error: RuntimeError) -> bool:
 
 
 def _fail(program: str, message: str) -> int:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # ranks may fail for different reasons
+        program += f" (rank {os.environ.get('RANK')})"
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from opensora import presets
@@ -13,6 +14,7 @@ from opensora.config import Preset
 from opensora.presets.scaling import scaled
 
 if TYPE_CHECKING:
+    from opensora.parallel import ParallelContext
     from opensora.training import TrainingResult
 
 Config = TypeVar("Config")
@@ -87,9 +89,12 @@ def run_training(
     arguments: Sequence[str],
     *,
     stages: Callable[[Preset], Mapping[str, Config]],
-    train: Callable[[Config, bool], TrainingResult],
+    train: Callable[[Config, bool, ParallelContext], TrainingResult],
 ) -> int:
-    """Read a configuration (preset, then --config, then options), train, and say where the results are."""
+    """Read a configuration (preset, then --config, then options), train, and say where the results are.
+
+    Under torchrun each process is one rank, and the main one alone tells how it goes.
+    """
     choice = choose_stage(command, arguments, stages)
     parser = Parser(command, description)
     choice.add_options(parser)
@@ -98,10 +103,29 @@ def run_training(
     options = parser.parse(arguments)
     choice.check(options)
     config = choice.complete(config_from_options(type(choice.config), options))
-    result = train(config, options["resume"])
-    print(f"step {result.step}, loss {result.loss:.6g}")
-    print(f"model:      {result.model}")
-    print(f"checkpoint: {result.checkpoint}")
+    if not config.run.recipe:
+        recipe = _recipe(choice.preset.name, choice.stage, choice.scale)
+        config = replace(config, run=replace(config.run, recipe=recipe))
+    context = _context(config)
+    result = train(config, options["resume"], context)
+    context.close()
+    if context.is_main:
+        print(f"step {result.step}, loss {result.loss:.6g}")
+        print(f"model:      {result.model}")
+        print(f"checkpoint: {result.checkpoint}")
     if result.was_stopped:
         raise KeyboardInterrupt(f"the same command with --resume goes on after step {result.step}")
     return 0
+
+
+def _context(config: Any) -> ParallelContext:
+    from opensora.parallel import DTYPES, ParallelContext  # imports torch: not for --help
+
+    context = ParallelContext.from_environment(config.parallel, config.run.device, dtype=DTYPES[config.run.dtype])
+    if not context.is_main:
+        logging.getLogger().setLevel(logging.ERROR)
+    return context
+
+
+def _recipe(preset: str, stage: str, scale: str) -> str:
+    return f"{preset}/{stage}" if scale == "full" else f"{preset}/{stage}/{scale}"

@@ -250,7 +250,7 @@ class _Loop:
         latest = self.checkpoints.agreed_latest()
         if latest is None:
             raise FloatingPointError(
-                f"training: {self.watch.reason} at step {self.step + 1}, and nothing to go back to"
+                f"training: {self.watch.reason} at step {self.step + 1}, with nothing to go back to"
             )
         self._load(latest)
         self.saved_step = self.step
