@@ -24,7 +24,7 @@ from opensora.data.loader import make_loader
 from opensora.data.samplers import ClipRequest
 from opensora.data.shapes import generate
 from opensora.encoding import check_encoded, run_encode
-from opensora.text.cleaning import clean_caption
+from opensora.inputs import captions_of
 from opensora.text.tiny import build_tiny_text_encoder
 from opensora.vae import CausalVideoVAE, FrameVAE, VideoVAE
 from opensora.video import write_mp4, write_png
@@ -91,7 +91,7 @@ def assert_same_batches(encoding: EncodeConfig, vae: VideoVAE, text, num_epochs:
             with torch.no_grad():
                 latents = [vae.encode(video[None], sample_posterior=False) for video in expected["video"]]
             assert torch.equal(torch.cat(latents), actual["latents"])
-            embedded = [text.encode([clean_caption(caption)]) for caption in expected["text"]]
+            embedded = [text.encode([caption]) for caption in captions_of(expected)]
             y, mask = (torch.cat(part) for part in zip(*embedded, strict=True))
             assert torch.equal(mask, actual["mask"])
             counts = mask[:, None, :, None] if not encoding.keep_padding else 1
@@ -243,9 +243,9 @@ def test_the_index_has_the_manifest_and_where_each_clip_lies(folder, vae, text, 
     assert (settings["latent_channels"], settings["caption_channels"], settings["windows"]) == (4, 64, 2)
 
 
-def test_scores_are_appended_on_request_and_captions_may_stay_text(folder, vae, text, tmp_path):
-    run_encode(config(folder, tmp_path / "scores", append_scores=True), vae, text)
-    y, mask = text.encode(["a red circle moving left aesthetic score: 5.0. camera motion: pan left."])
+def test_scores_are_part_of_captions_and_captions_may_stay_text(folder, vae, text, tmp_path):
+    run_encode(config(folder, tmp_path / "scores"), vae, text)
+    y, mask = text.encode([f"{CAPTIONS[0]} aesthetic score: 5.0. camera motion: pan left."])
     sample = EncodedDataset(tmp_path / "scores")[0]
     assert torch.equal(sample["mask"], mask[0])
     assert torch.equal(sample["y"], (y * mask[:, None, :, None])[0])
@@ -441,5 +441,5 @@ def test_the_command_encodes_and_says_what_it_left_out(folder, tmp_path, capsys)
     assert len(EncodedDataset(tmp_path / "out")) == 3
     assert main([*arguments, "--seed", "7"]) == 2
     assert "one made with the same seed" in capsys.readouterr().err
-    assert main(["encode", "-o", "x"]) == 2
-    assert "manifest: must name a list of clips" in capsys.readouterr().err
+    assert main(["encode", "--preset", "open-sora-v1.2", "-o", "x"]) == 2
+    assert "manifest: must be given, got ''" in capsys.readouterr().err

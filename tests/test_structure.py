@@ -39,7 +39,7 @@ _JOINTS = {
     "initial_weights": {"adaptation", "checkpoints", "config", "conversion", "families", "weight_files"},
     "sampling": {"config", "conditioning", "data", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
-    "encoding": {"conditioning", "config", "data", "text"},
+    "encoding": {"config", "data", "inputs", "text"},
     "bucket_sizes": {"checkpoints", "config", "data", "loading", "schedulers", "vae"},
     "tiny_parts": {"checkpoints", "config", "data", "models", "presets", "vae", "video"},
     "sampler": {*_BELOW, "loading", "sampling"},

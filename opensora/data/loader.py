@@ -218,6 +218,8 @@ def clips_of(manifest: Manifest, config: DataConfig, seed: int) -> ClipDataset:
         image_size=config.image_size,
         frame_interval=config.frame_interval,
         fit=config.fit,
+        flip=config.flip,
+        file_fps=config.file_fps,
         seed=seed,
         cache_in_memory=config.cache_in_memory,
     )

@@ -39,7 +39,8 @@ class Row:
     window, first_frame, last_frame   which of the clips cut out of that row, and where it lies
     clip_frames, clip_height, clip_width, clip_fps   what was encoded, in frames, pixels and frames per second
     resolution, aspect           its bucket, "" without buckets
-    shard, key, text_key         the file below shards/, and names in it: key + ".latents", ".std", text_key + ".y",
+    shard, shard_bytes           the file below shards/, and its size
+    key, text_key                names in it: key + ".latents", ".std", text_key + ".y",
                                  ".length" or ".mask"; text_key "" where no texts are encoded
     """
 
@@ -65,6 +66,7 @@ class Row:
     key: str
     text_key: str
     shard: str = ""
+    shard_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ def read_parts(folder: Path) -> Contents:
         if reason is not None:
             damaged[part["shard"]] = reason
             continue
-        rows |= {(row["row"], row["window"]): Row(**row, shard=part["shard"]) for row in part["rows"]}
+        place = {"shard": part["shard"], "shard_bytes": part["bytes"]}
+        rows |= {(row["row"], row["window"]): Row(**row, **place) for row in part["rows"]}
         unread |= {(each["row"], each["window"]): Unread(**each) for each in part["unread"]}
     missing = [unread[item] for item in sorted(unread.keys() - rows.keys())]
     return Contents([rows[item] for item in sorted(rows)], missing, damaged)
@@ -158,10 +161,11 @@ def read_index(folder: Path) -> list[Row]:
         rows = [Row(**row) for row in pyarrow.parquet.read_table(path).to_pylist()]
     except (pyarrow.ArrowException, OSError, TypeError) as error:
         raise ValueError(f"encoded: {path} must be an index written by `opensora encode`: {error}") from error
-    shards = {row.shard for row in rows}
-    # Of a shard that was written anew elsewhere, the index does not know.
-    damaged = {shard: reason for shard, reason in read_parts(folder).damaged.items() if shard in shards}
-    damaged |= {shard: "is missing" for shard in shards if not (folder / "shards" / shard).exists()}
+    faults = {
+        shard: _fault(folder / "shards" / shard, size)
+        for shard, size in {row.shard: row.shard_bytes for row in rows}.items()
+    }
+    damaged = {shard: reason for shard, reason in faults.items() if reason is not None}
     if damaged:
         named = "; ".join(f"{shard} {reason}" for shard, reason in sorted(damaged.items())[:5])
         raise ValueError(
@@ -198,7 +202,7 @@ class ShardWriter:
             if name not in self._tensors:
                 self._tensors[name] = tensor.contiguous()
                 self._bytes += tensor.numel() * tensor.element_size()
-        self._rows.append({name: value for name, value in vars(row).items() if name != "shard"})
+        self._rows.append({name: value for name, value in vars(row).items() if not name.startswith("shard")})
         if self._bytes >= self.max_bytes:
             self.flush()
 

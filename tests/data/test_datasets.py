@@ -146,6 +146,22 @@ def test_scores_of_the_manifest_come_with_the_clip(folder, tmp_path):
     assert scores == {"a": (5.5, -0.25, "pan left"), "b": (None, None, None)}
 
 
+def test_clips_may_be_mirrored_and_keep_the_rate_of_their_file(manifest):
+    options = {"num_frames": 3, "frame_interval": 2}
+    plain = ClipDataset(read_manifest(manifest), **options)
+    mirrored = ClipDataset(read_manifest(manifest), flip=True, file_fps=True, **options)
+    assert plain[0]["fps"] == 12.0
+    assert mirrored[0]["fps"] == 25.0
+    flipped = [
+        torch.equal(mirrored[epoch, row]["video"], plain[epoch, row]["video"].flip(-1))
+        for epoch in range(2)
+        for row in range(NUM_CLIPS)
+    ]
+    same = [torch.equal(mirrored[0, row]["video"], plain[0, row]["video"]) for row in range(NUM_CLIPS)]
+    assert 4 < sum(flipped) < 18
+    assert all(a != b for a, b in zip(same, flipped, strict=False))
+
+
 def test_clips_without_a_caption_are_skipped_counted_and_named_unless_kept(folder, caplog):
     rows = rows_of(range(4))
     for number, text in ((1, ""), (3, "   ")):

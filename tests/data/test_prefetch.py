@@ -73,7 +73,7 @@ def test_an_error_is_raised_in_its_turn_and_again():
         with pytest.raises(OSError, match="batch 2 cannot be read"):
             next(prefetcher)
     assert prefetcher.state_dict() == {"number": 2}
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    assert not threads()
 
 
 def test_waiting_is_measured_and_disappears_where_steps_take_longer():
@@ -86,6 +86,18 @@ def test_waiting_is_measured_and_disappears_where_steps_take_longer():
         next(prefetcher)
     assert prefetcher.total_data_seconds - waited < 0.1  # without reading ahead, 0.15
     prefetcher.close()
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_a_forgotten_prefetcher_ends_its_thread():
+    prefetcher = Prefetcher(Counting())
+    next(prefetcher)
+    assert threads()
+    del prefetcher
+    assert not threads()
 
 
 def test_what_is_no_tensor_stays_as_it_is():
