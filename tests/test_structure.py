@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 450
 
 # Files of opensora and folders of files -> what else in opensora they may import.
-_ALONE = ("config", "parallel", "video", "weight_files", "metrics", "families", "placements")
+_ALONE = ("config", "parallel", "video", "weight_files", "metrics", "families", "placements", "device_memory")
 _FILES = {name: set() for name in _ALONE} | {"config_files": {"config"}}
 _CHECKPOINTS = {"checkpoints": {"config", "config_files", "families", "placements", "weight_files"}}
 _LEAF_ROOMS = {room: {"config"} for room in ("data", "vae", "text", "models", "schedulers", "conditioning")}
-_BESIDE_THEM = {"training": {"config", "parallel"}, "presets": {"config", "data"}}
+_BESIDE_THEM = {"training": {"config", "parallel", "device_memory"}, "presets": {"config", "data"}}
 _BELOW = _FILES | _CHECKPOINTS | _LEAF_ROOMS | _BESIDE_THEM
 _MODELS = {
     "family_models": {"config", "config_files", "families", "models", "placements", "vae"},
@@ -33,7 +33,7 @@ _MODELS = {
     "conversion": {*_FILES, *_CHECKPOINTS, "adaptation", "families", "family_models", "inspection", "placements"},
 }
 _JOINTS = {
-    "sampling": {"config", "conditioning", "data", "schedulers", "text"},
+    "sampling": {"config", "conditioning", "data", "device_memory", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
     "sampler": {*_BELOW, "loading", "sampling"},
     "trainer": {*_BELOW, "sampler"},
