@@ -30,7 +30,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long a training runs and what it leaves behind in `output`."""
+    """How long a training runs and what it leaves behind in `output`.
+
+    `wandb_project` names a project of Weights & Biases to send scalars to, where that package is installed.
+    """
 
     output: str = "outputs"
     steps: int = 1000
@@ -43,6 +46,7 @@ class RunConfig:
     sample_every: int = 0
     grad_checkpoint: bool = False
     tensorboard: bool = True
+    wandb_project: str = ""
     num_threads: int | None = None
 
 
