@@ -103,7 +103,7 @@ def _transformer(config: TrainConfig) -> STDiT3:
     if config.initial_transformer is not None:
         report = load_weights(transformer, config.initial_transformer, strict=False)
         logger.warning("initial_transformer %s: %s", config.initial_transformer, report)
-    transformer.set_gradient_checkpointing(config.run.grad_checkpoint)
+    transformer.set_gradient_checkpointing(config.run.checkpointing)
     return transformer
 
 

@@ -33,6 +33,8 @@ class RunConfig:
     """How long a training runs and what it leaves behind in `output`.
 
     `wandb_project` names a project of Weights & Biases to send scalars to, where that package is installed.
+    `grad_checkpoint` says what is computed again in the backward pass: "full", all of a block but its input (or true);
+    "selective", all but the results of matrix products and attention; "none" (or false).
     """
 
     output: str = "outputs"
@@ -44,10 +46,16 @@ class RunConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     sample_every: int = 0
-    grad_checkpoint: bool = False
+    grad_checkpoint: bool | Literal["none", "selective", "full"] = False
     tensorboard: bool = True
     wandb_project: str = ""
     num_threads: int | None = None
+
+    @property
+    def checkpointing(self) -> Literal["none", "selective", "full"]:
+        """`grad_checkpoint` in words."""
+        words: dict[bool, Literal["none", "full"]] = {False: "none", True: "full"}
+        return words[self.grad_checkpoint] if isinstance(self.grad_checkpoint, bool) else self.grad_checkpoint
 
 
 @dataclass(frozen=True)
