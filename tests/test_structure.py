@@ -39,6 +39,7 @@ _JOINTS = {
     "trainer": {*_BELOW, "sampler"},
     "vae_trainer": {*_BELOW},
     "reconstruction": {"checkpoints", "config", "config_files", "vae", "video"},
+    "estimate": {"config", "config_files", "data", "loading", "parallel", "presets", "training", "vae"},
 }
 _INSIDE = _BELOW | _MODELS | _JOINTS
 ROOMS: dict[str, set[str]] = _INSIDE | {"cli": {*_INSIDE}, "__main__": {"cli"}, "__init__": set()}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import opensora_kernels as _kernels  # noqa: F401  registers the operators
+from opensora_kernels import attention  # noqa: F401  with it, all operators are registered
 
 FORWARD_AND_BACKWARD = 3
 """Operations of a training step over those of its forward pass: each product has two gradients as large as itself."""
@@ -42,12 +42,11 @@ def _convolution(x: Shape, weight: Shape, *others: Any, out_shape: Any, **option
     return 2 * prod(result) * prod(weight[1:])
 
 
-def _gradients_of(forward: Callable[..., int], num_outs: int | None = None) -> Callable[..., int]:
+def _gradients_of(forward: Callable[..., int]) -> Callable[..., int]:
     """Of (grads, wanted, saved, *the operator's arguments)."""
 
     def count(grads: Sequence[Shape], wanted: Any, saved: Any, *arguments: Any, **options: Any) -> int:
-        options.pop("out_shape", None)
-        return 2 * forward(*arguments, out_shape=torch.Size(grads[0]), **options)
+        return 2 * forward(*arguments, out_shape=torch.Size(grads[0]))
 
     return count
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from opensora.training.files import replace_file
+from opensora.training.text_files import replace_file
 from opensora_kernels import __version__
 
 _PACKAGES = ("triton", "numpy", "diffusers", "transformers", "safetensors")
