@@ -20,11 +20,18 @@ from .ops.rms_norm import rms_norm
 from .ops.rms_norm_silu import rms_norm_silu
 from .ops.unpack_shards import unpack_shards
 from .ops.upsample_conv3d import upsample_conv3d
-from .sequence_parallel import gather_sequence, sequence_all_to_all, split_sequence, ulysses_attention
+from .sequence_parallel import (
+    SequenceShards,
+    gather_sequence,
+    sequence_all_to_all,
+    split_sequence,
+    ulysses_attention,
+)
 
 __all__ = [
     "BackendError",
     "Norm",
+    "SequenceShards",
     "__version__",
     "apply_opensora_kernels",
     "attention",

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from opensora import presets
 from opensora.cli import COMMANDS, main
 from opensora.config import TrainConfig, TrainVAEConfig
 from opensora.data.reading import probe
+from opensora.parallel import ParallelContext
 from opensora.training import TrainingResult
 from tests.tiny_models import save_tiny_models
 
@@ -226,7 +228,7 @@ def trained(monkeypatch) -> list[tuple[object, bool]]:
     """Calls of the trainers, which here only note their configuration."""
     calls: list[tuple[object, bool]] = []
 
-    def train(config: TrainConfig | TrainVAEConfig, resume: bool) -> TrainingResult:
+    def train(config: TrainConfig | TrainVAEConfig, resume: bool, context: ParallelContext) -> TrainingResult:
         calls.append((config, resume))
         return TrainingResult(7, 0.5, config.run.steps == 13, Path("checkpoint"), Path("model"))
 
@@ -253,8 +255,10 @@ def test_training_options_change_single_fields_of_a_preset(trained, tmp_path, ca
 def test_without_options_training_is_the_preset(trained):
     assert main(["train-vae"]) == 0
     assert main(["train", "--preset", "open_sora_v1_2", "--stage", "stage2"]) == 0
-    assert trained[0] == (next(iter(presets.get("tiny").vae_training.values())), False)
-    assert trained[1] == (presets.get("open_sora_v1_2").training["stage2"], False)
+    stage, expected = next(iter(presets.get("tiny").vae_training.items()))
+    assert trained[0] == (replace(expected, run=replace(expected.run, recipe=f"tiny/{stage}")), False)
+    expected = presets.get("open_sora_v1_2").training["stage2"]
+    assert trained[1] == (replace(expected, run=replace(expected.run, recipe="open-sora-v1.2/stage2")), False)
 
 
 def test_a_stopped_training_says_how_to_go_on(trained, capsys):

@@ -35,6 +35,11 @@ class RunConfig:
     `wandb_project` names a project of Weights & Biases to send scalars to, where that package is installed.
     `grad_checkpoint` says what is computed again in the backward pass: "full", all of a block but its input (or true);
     "selective", all but the results of matrix products and attention; "none" (or false).
+    `validate_every` and `sample_every` count steps; 0 never does. A bad loss is one that is not finite, whose gradient
+    is not, or that exceeds `spike_factor` x the running mean (0: no such check); `on_bad_loss` says whether the run
+    then stops, leaves that update out, or goes back to the last checkpoint with the batches after the bad one;
+    after more than `max_bad_steps` of them in a row it stops. `recipe` names the preset and stage: a checkpoint of
+    another recipe is refused.
     """
 
     output: str = "outputs"
@@ -47,6 +52,11 @@ class RunConfig:
     keep_checkpoints: int = 2
     sample_every: int = 0
     grad_checkpoint: bool | Literal["none", "selective", "full"] = False
+    validate_every: int = 0
+    on_bad_loss: Literal["stop", "skip", "roll_back"] = "stop"
+    spike_factor: float = 0.0
+    max_bad_steps: int = 10
+    recipe: str = ""
     tensorboard: bool = True
     wandb_project: str = ""
     num_threads: int | None = None

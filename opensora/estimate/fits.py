@@ -1,8 +1,8 @@
 """A few runs on paper that tell memory and operations of clips of every size.
 
 Memory grows with batch and tokens, operations with tokens, text and pairs of tokens that attend to each other; so a few
-clips determine the coefficients. Each fit is of one regime: which kernel serves attention, and so what it keeps, depends
-on whether a sequence is short.
+clips determine the coefficients. Each fit is of one regime: which kernel serves attention, and so what it keeps,
+depends on whether a sequence is short.
 """
 
 from __future__ import annotations

@@ -97,8 +97,10 @@ class SamplingOnPaper:
         def there(weights: int) -> int:
             return weights if offloads else all_weights
 
-        return [self._text_stage(there(self._text)), self._denoising(size, there(self._transformer))] + [
-            self._decoding(size, there(weights_of(self._vae.vae)))
+        return [
+            self._text_stage(there(self._text)),
+            self._denoising(size, there(self._transformer)),
+            self._decoding(size, there(weights_of(self._vae.vae))),
         ]
 
     def _text_stage(self, weights: int) -> Stage:
@@ -179,9 +181,7 @@ class SamplingOnPaper:
         latent_frames = self._latents(size).size[0]
         if isinstance(config, LatteT2VConfig) and latent_frames not in (1, config.video_length):
             frames = self._vae.vae.frames_of(config.video_length)
-            return (
-                f"these weights make clips of 1 or {frames} frames; the figures are those of a model for longer ones",
-            )
+            return (f"these weights make clips of 1 or {frames} frames; the figures are of a model for longer ones",)
         if not isinstance(config, LatteT2VConfig) and size[0] > 408:
             return ("these weights were trained on up to 16 seconds at a time; longer clips may drift",)
         return ()

@@ -175,8 +175,8 @@ class TrainingOnPaper:
 
 
 def buckets_of(config: TrainConfig, aspect: float = 9 / 16) -> Iterator[BucketClip]:
-    """The buckets of a stage that train on something, smallest pictures first, at the aspect (height : width) nearest to
-    the given one; a stage without buckets has its one size."""
+    """The buckets of a stage that train on something, smallest pictures first, at the aspect nearest to the given one
+    (height over width); a stage without buckets has its one size. Errors: ValueError for a stage without sizes."""
     data = config.data
     if not data.buckets:
         if data.image_size is None:

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -130,6 +131,37 @@ def test_clips_from_memory_are_the_clips_from_disk(manifest, monkeypatch):
         disk[0]
 
 
+def test_scores_of_the_manifest_come_with_the_clip(folder, tmp_path):
+    path = tmp_path / "scores.csv"
+    names = [folder / f"{index}.mp4" for index in range(3)]
+    path.write_text(
+        f"path,text,aes,flow,cmotion\n{names[0]},a,5.5,-0.25,pan left\n{names[1]},b,,,\n{names[2]},c,high,,\n"
+    )
+    manifest = read_manifest(path)
+    assert [(bad.number, bad.reason) for bad in manifest.bad_rows] == [(3, "aes must be a number, got 'high'")]
+    (batch,) = make_loader(DataConfig(manifest=str(path), num_frames=3, batch_size=2))
+    scores = dict(
+        zip(batch["text"], zip(batch["aes"], batch["flow"], batch["camera_motion"], strict=True), strict=True)
+    )
+    assert scores == {"a": (5.5, -0.25, "pan left"), "b": (None, None, None)}
+
+
+def test_clips_without_a_caption_are_skipped_counted_and_named_unless_kept(folder, caplog):
+    rows = rows_of(range(4))
+    for number, text in ((1, ""), (3, "   ")):
+        rows[number] = (rows[number][0], text, *rows[number][2:])
+    config = DataConfig(manifest=write_manifest(folder, rows), num_frames=3)
+    loader = make_loader(config)
+    assert [clip.text for clip in loader.dataset.manifest.clips] == ["clip 0", "clip 2"]
+    assert "2 clips, 2 rows left out (row 2 1.mp4: has no text; row 4 3.mp4: has no text)" in caplog.text
+    assert len(make_loader(replace(config, empty_captions="keep"))) == 4
+    assert len(make_loader(config, needs_captions=False)) == 4
+    with pytest.raises(
+        ValueError, match=r"at least one usable clip, got .* 0 clips, 1 rows left out \(row 1 1\.mp4: has no"
+    ):
+        make_loader(replace(config, manifest=write_manifest(folder, rows[1:2])))
+
+
 def test_an_unreadable_clip_is_replaced_and_named(manifest_with_bad_files):
     dataset = ClipDataset(read_manifest(manifest_with_bad_files), num_frames=NUM_FRAMES)
     for row, name in ((0, "empty.mp4"), (4, "cut.mp4"), (8, "absent.mp4")):
@@ -252,8 +284,8 @@ def test_clips_that_are_too_short_are_left_out_or_refused(folder, caplog):
 
 
 def test_clips_of_several_sizes_need_a_size(folder):
-    rows = [*rows_of(range(2)), ("still.png", "", 12, 40, 30, 0)]
+    rows = [*rows_of(range(2)), ("still.png", "a photo", 12, 40, 30, 0)]
     with pytest.raises(ValueError, match="image_size or buckets must be set for 2 sizes"):
         make_loader(DataConfig(manifest=write_manifest(folder, rows), num_frames=3))
-    with pytest.raises(ValueError, match="videos of a batch must have one shape"):
+    with pytest.raises(ValueError, match="video of a batch must have one shape"):
         collate([{"video": torch.zeros(3, 1, 4, 4)}, {"video": torch.zeros(3, 2, 4, 4)}])

@@ -80,7 +80,7 @@ def flow_config(folder: Path, output: Path) -> TrainConfig:
     data, optimizer, run = _common(folder, output)
     return TrainConfig(
         transformer=TRANSFORMER,
-        flow=RectifiedFlowConfig(num_sampling_steps=2, use_timestep_transform=False),
+        scheduler=RectifiedFlowConfig(num_sampling_steps=2, use_timestep_transform=False),
         data=data,
         optimizer=optimizer,
         run=run,

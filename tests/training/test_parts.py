@@ -51,6 +51,17 @@ def test_batches_resume_after_the_last_one_taken():
     assert [next(resumed) for _ in range(5)] == expected[6:]
 
 
+def test_batches_resume_on_another_number_of_ranks():
+    whole = make_batches()
+    expected = [next(whole) for _ in range(14)]
+    four = [make_batches(rank=rank, world_size=4) for rank in range(4)]
+    taken = [next(share) for _ in range(2) for share in four]
+    three = [make_batches(rank=rank, world_size=3) for rank in range(3)]
+    for share in three:
+        share.load_state_dict(four[0].state_dict())
+    assert taken + [next(share) for _ in range(2) for share in three] == expected
+
+
 def test_ranks_share_an_epoch():
     shares = [make_batches(rank=rank, world_size=2) for rank in range(2)]
     taken = [next(share) for _ in range(2) for share in shares]
