@@ -157,7 +157,7 @@ def _transformer(config: TrainConfig) -> nn.Module:
     for name, parameter in transformer.named_parameters():
         if name.startswith(config.frozen):
             parameter.requires_grad_(False)
-    transformer.set_gradient_checkpointing(config.run.grad_checkpoint)
+    transformer.set_gradient_checkpointing(config.run.checkpointing)
     return transformer
 
 
