@@ -130,6 +130,8 @@ def _train(stage: Stage, folder: Path, folders: dict[str, Path], *, steps: int, 
     part = "transformer" if isinstance(config, TrainConfig) else "vae"
     if before is not None:
         config = replace(config, **{f"initial_{part}": str(folders[before] / "model" / part)})
+        if isinstance(config, TrainVAEConfig):
+            config = replace(config, image_vae=None)
     config = complete(config, folder.parent / "parts")
     if isinstance(config, TrainConfig):
         from opensora.trainer import run_train
