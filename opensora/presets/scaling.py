@@ -173,10 +173,10 @@ def _root(count: float) -> int:
 
 
 def _optimizer(config: OptimizerConfig) -> OptimizerConfig:
-    """Twenty times the rate, for a few hundred steps must show what hundreds of thousands would."""
+    """Up to twenty times the rate: a few hundred steps must show what hundreds of thousands would."""
     return replace(
         config,
-        lr=min(20 * config.lr, 2e-3),
+        lr=min(20 * config.lr, 1e-3),
         warmup_steps=config.warmup_steps // 100,
         ema_decay=min(config.ema_decay, 0.9),
     )
