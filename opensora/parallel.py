@@ -91,7 +91,10 @@ class ParallelContext:
         backend = "gloo"
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps one store for all attempts, and torch 2.13 would find in it where ranks of the last one listened.
+        attempt = dist.PrefixStore(f"attempt {launch['num_restarts']} of {world_size}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
         return cls.of_world(config, device, dtype=dtype, **launch)
 
     @classmethod
