@@ -24,7 +24,7 @@ from opensora.data.loader import make_loader
 from opensora.data.samplers import ClipRequest
 from opensora.data.shapes import generate
 from opensora.encoding import check_encoded, run_encode
-from opensora.inputs import captions_of
+from opensora.inputs import Encoders, captions_of
 from opensora.text.tiny import build_tiny_text_encoder
 from opensora.vae import CausalVideoVAE, FrameVAE, VideoVAE
 from opensora.video import write_mp4, write_png
@@ -310,18 +310,22 @@ def test_encoded_images_stand_beside_encoded_clips(folder, vae, text, tmp_path):
     for index in range(3):
         write_png(folder / f"still{index}.png", generate(index, num_frames=1, height=20, width=20)[1][0])
         stills.append((f"still{index}.png", CAPTIONS[index], 1, 20, 20, 0, "", ""))
-    clips = config(folder, tmp_path / "clips")
+    clips = config(folder, tmp_path / "clips", store="moments")
     data = replace(clips.data, manifest=write_list(folder / "stills.csv", stills), num_frames=1)
-    images = config(folder, tmp_path / "images", data=data)
+    images = config(folder, tmp_path / "images", data=data, store="moments")
     for encoding in (clips, images):
         run_encode(encoding, vae, text)
     loaded = training_on(clips, use_image_num=2, encoded_images=images.output)
     batch = next(iter(make_loader(loaded)))
     assert batch["latents"].shape == (2, 4, 2, 8, 8)
-    assert batch["image_latents"].shape == (2, 2, 4, 8, 8)
+    assert batch["image_latents"].shape == batch["image_latents_std"].shape == (2, 2, 4, 8, 8)
     assert (batch["image_y"].shape, batch["image_mask"].shape) == ((2, 2, LENGTH, 64), (2, 2, LENGTH))
     assert batch["image_text"][0] == CAPTIONS[:2]
     assert torch.equal(batch["image_latents"][0, 1], EncodedDataset(images.output)[1]["latents"][:, 0])
+    inputs = Encoders(None, None, torch.device("cpu"))(batch, sample_posterior=False)
+    assert (inputs.x0.shape, inputs.num_images, inputs.y.shape) == ((2, 4, 2 + 2, 8, 8), 2, (2, 1 + 2, LENGTH, 64))
+    assert torch.equal(inputs.x0[:, :, 2], batch["image_latents"][:, 0])
+    assert not torch.equal(Encoders(None, None, torch.device("cpu"))(batch).x0, inputs.x0)
     with pytest.raises(ValueError, match="encoded clips need encoded_images"):
         next(iter(make_loader(replace(loaded, encoded_images=""))))
 
