@@ -51,6 +51,9 @@ def run_train_vae(
     Open-Sora-Plan keeps its scaling factor.
     Errors: ValueError for a configuration that cannot train; see `run_job` for those met on the way.
     """
+    for name in ("encoded", "use_image_num"):
+        if value := getattr(config.data, name):
+            raise ValueError(f"train-vae: data.{name} must not be set, for clips in pixels are needed, got {value!r}")
     context = context or ParallelContext.single_process(config.run.device)
     _check_terms(config, context)
     prepare_process(config.run)

@@ -23,7 +23,9 @@ from opensora.data.samplers import FixedSizeBatchSampler, VariableVideoBatchSamp
 logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 NUMBERS = {"num_frames", "height", "width", "ar", "fps"}
-STACKED = {"video", "latents", "latents_std", "y", "mask", "images", "image_latents", "image_y", "image_mask"}
+STACKED = {"video", "latents", "latents_std", "y", "mask", "images"} | {
+    f"image_{name}" for name in ("latents", "latents_std", "y", "mask")
+}
 BatchSampler = FixedSizeBatchSampler | VariableVideoBatchSampler
 
 

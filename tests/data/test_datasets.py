@@ -12,6 +12,7 @@ from opensora.config import DataConfig
 from opensora.data.datasets import MAX_REPLACEMENTS, ClipDataset
 from opensora.data.loader import collate, make_loader
 from opensora.data.manifest import read_manifest
+from opensora.data.prefetch import Prefetcher
 from opensora.data.reading import VideoError, read_frames
 from opensora.data.samplers import ClipRequest
 from opensora.data.shapes import generate
@@ -222,6 +223,17 @@ def test_a_resumed_loader_gives_the_batches_of_an_unbroken_one(manifest_with_bad
     assert second.state_dict() == state
     for expected, actual in zip(unbroken[stop:], second.forever(), strict=False):
         assert same(expected, actual)
+
+
+def test_reading_ahead_changes_neither_batches_nor_position(manifest):
+    config = DataConfig(manifest=manifest, num_frames=4, image_size=(8, 8), batch_size=3, num_workers=1)
+    _, unbroken = batches_of(replace(config, num_workers=0), 10)
+    first = Prefetcher(make_loader(config))
+    assert all(same(a, b) for a, b in zip(unbroken[:4], first, strict=False))
+    assert first.state_dict() == {"seed": 42, "epoch": 1, "last_micro_batch_access_index": 1}
+    second = Prefetcher(make_loader(config))
+    second.load_state_dict(first.state_dict())
+    assert all(same(a, b) for a, b in zip(unbroken[4:], second, strict=False))
 
 
 def test_a_loop_left_early_goes_on_where_it_was_left(manifest):
