@@ -36,7 +36,7 @@ class BucketMemory:
     """One GPU's share of a step on one bucket; `flops` and `num_tokens` are those of its batch.
 
     kept: activations that wait for the backward pass. peak: the most that the GPU holds of all. largest_batch: clips
-    that fit; 0 where none does. seconds: at the given utilisation, data and communication left out.
+    that fit; 0 where none does. seconds: of `flops` and what is computed again, data and communication left out.
     """
 
     clip: BucketClip
@@ -78,6 +78,9 @@ class TrainingOnPaper:
         self._dtype = DTYPES[self.config.run.dtype]
         self._denoiser = Denoiser(self.config.transformer, self._dtype)
         self._model = self._denoiser.build()
+        for name, parameter in self._model.named_parameters():
+            if name.startswith(self.config.frozen):
+                parameter.requires_grad_(False)
         self._vae: VAEOnPaper = vae_on_paper(self.preset, self._dtype)
 
     def estimate(
@@ -118,7 +121,10 @@ class TrainingOnPaper:
             training = weights.unsharded + activations(batch)
             return self.hardware.reserved + states + encoders + max(training, self._encoding(clip.size, batch))
 
-        flops = clip.batch * self._flops(latents, clip.size) / degree.ranks
+        forward = clip.batch * forward_flops(self._denoiser, latents) / degree.ranks
+        encoding = clip.batch * self._vae.flops("encode", clip.size) / degree.ranks if self.has_encoders else 0
+        flops = FORWARD_AND_BACKWARD * forward + encoding
+        recomputed = forward if checkpointing == "full" else 0
         return BucketMemory(
             clip,
             self._denoiser.num_tokens(replace(latents, batch=clip.batch)) // degree.ranks,
@@ -127,7 +133,7 @@ class TrainingOnPaper:
             peak(clip.batch) <= self.hardware.memory,
             largest(lambda batch: peak(batch) <= self.hardware.memory, _MOST_CLIPS),
             flops,
-            self.hardware.seconds(flops, 1),
+            self.hardware.seconds(flops + recomputed, 1),
         )
 
     def _latents(self, size: Size) -> LatentClip:
@@ -164,11 +170,6 @@ class TrainingOnPaper:
         length = self.config.transformer.model_max_length
         text = text_peak(self.preset, batch, length, self._dtype)
         return max(text, self._vae.peak("encode", size, batch))
-
-    def _flops(self, latents: LatentClip, size: Size) -> float:
-        """Of a clip: three forward passes, and the encoding of its pixels."""
-        transformer = FORWARD_AND_BACKWARD * forward_flops(self._denoiser, latents)
-        return transformer + (self._vae.flops("encode", size) if self.has_encoders else 0)
 
     def _text_encoder(self) -> nn.Module:
         return build_text_encoder(self.preset.text_encoder)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from opensora.training.text_files import replace_file
+from opensora.training.files import replace_file
 
 
 class Board(Protocol):

@@ -10,7 +10,7 @@ import torch
 # Large enough that a larger product is no faster, small enough that a CPU finishes one in some ten milliseconds.
 _SIDE = {"cpu": 1024}
 _SIDE_OF_ACCELERATORS = 8192
-_LEAST_RUNS = 3
+_LEAST_RUNS = 2
 
 
 def ceiling_flops(dtype: torch.dtype, device: torch.device | str, *, seconds: float = 0.3) -> float:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from opensora.training.text_files import replace_file
+from opensora.training.files import replace_file
 
 NAME = "losses.csv"
 

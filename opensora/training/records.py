@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +19,8 @@ import torch
 from opensora.device_memory import peak_memory
 from opensora.training.boards import Board, TensorBoard, WandB
 from opensora.training.losses import LossTable, read_losses
-from opensora.training.run_record import plain, write_run_record
+from opensora.training.resuming import plain
+from opensora.training.run_record import write_run_record
 from opensora.training.throughput import COUNTED, Throughput, show_rates
 
 __all__ = ["Records", "read_losses", "write_run_record"]
@@ -32,8 +33,9 @@ class Records:
 
     Values that a step may have beside its losses are `seconds`, of which `data_seconds` waited for data, and, of all
     ranks together, `num_samples`, `num_tokens` and `flops` of the model. Shown with them, as means since the line
-    before: samples and tokens per second, model FLOP utilisation (of `ceiling_flops`, what all devices do at best, see
-    `opensora.training.ceiling`), the share of the time that waited for data, and the peak memory of `device` so far.
+    before: samples and tokens per second, model FLOP utilisation (of `ceiling_flops`, asked once for what all devices
+    do at best, see `opensora.training.ceiling`), the share of the time that waited for data, and the peak memory of
+    `device` so far.
 
     On resume the rows after `first_step` are dropped: those steps run again. Only the main rank writes and prints; on
     the others nothing happens. A Weights & Biases that was asked for and is not installed is said in a note.
@@ -51,7 +53,7 @@ class Records:
         config: Any = None,
         is_main: bool = True,
         device: torch.device | str = "cpu",
-        ceiling_flops: float | None = None,
+        ceiling_flops: Callable[[], float] | None = None,
     ) -> None:
         self._num_steps, self._log_every, self._first_step = num_steps, log_every, first_step
         self._device = torch.device(device)

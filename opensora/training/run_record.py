@@ -6,8 +6,6 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +13,8 @@ from typing import Any
 
 import torch
 
-from opensora.training.text_files import replace_file
+from opensora.training.files import replace_file
+from opensora.training.resuming import differences, plain
 from opensora_kernels import __version__
 
 _PACKAGES = ("triton", "numpy", "diffusers", "transformers", "safetensors")
@@ -81,25 +80,6 @@ def source_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):  # no git, or a checkout of another user
         return None
     return found.stdout.strip()
-
-
-def plain(config: Any) -> Any:
-    """The configuration as JSON values."""
-    if is_dataclass(config) and not isinstance(config, type):
-        return plain(asdict(config))
-    if isinstance(config, Mapping):
-        return {str(key): plain(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [plain(value) for value in config]
-    return config
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """One line for each field of two `plain` configurations that differs: "optimizer.lr was 0.1, now 0.2"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
-    return [] if old == new else [f"{name} was {old}, now {new}"]
 
 
 def _json(value: Any) -> str:

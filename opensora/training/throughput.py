@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-COUNTED = ("seconds", "data_seconds", "num_samples", "num_tokens", "flops")
+WORK = ("num_samples", "num_tokens", "flops")
+"""What a loss may say of its batch among its scalars: clips, tokens and operations of the model for a training step."""
+COUNTED = ("seconds", "data_seconds", *WORK)
 """Values of a step that are summed here and shown as rates, not by themselves."""
 
 
@@ -13,11 +15,13 @@ COUNTED = ("seconds", "data_seconds", "num_samples", "num_tokens", "flops")
 class Throughput:
     """Sums of steps since the last `rates`.
 
-    ceiling_flops: operations per second that all devices together do at best; None leaves model FLOP utilisation out.
+    ceiling_flops: asked once, for operations per second that all devices together do at best; None leaves model FLOP
+    utilisation out.
     """
 
-    ceiling_flops: float | None = None
+    ceiling_flops: Callable[[], float] | None = None
     _sums: dict[str, float] = field(default_factory=dict)
+    _ceiling: float | None = None
 
     def add(self, values: Mapping[str, float]) -> None:
         """The values of one step: `seconds`, of which `data_seconds` waited for data, and what all ranks together
@@ -46,8 +50,9 @@ class Throughput:
             )
             if source in sums
         }
-        if self.ceiling_flops and "flops" in sums:
-            found["mfu"] = found["flops_per_second"] / self.ceiling_flops
+        if self.ceiling_flops is not None and "flops" in sums:
+            self._ceiling = self._ceiling or self.ceiling_flops()
+            found["mfu"] = found["flops_per_second"] / self._ceiling
         return found
 
 

@@ -67,7 +67,7 @@ def test_only_the_main_rank_writes_and_prints(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_rates_weigh_steps_by_the_time_they_took():
-    speed = Throughput(ceiling_flops=1e12)
+    speed = Throughput(ceiling_flops=lambda: 1e12)
     speed.add({"loss": 0.5, "seconds": 1.0, "data_seconds": 0.5, "num_samples": 2, "num_tokens": 100, "flops": 1e11})
     speed.add({"loss": 0.5, "seconds": 3.0, "data_seconds": 0.5, "num_samples": 2, "num_tokens": 700, "flops": 15e11})
     rates = speed.rates()
@@ -89,7 +89,7 @@ def test_what_no_step_reports_is_not_shown():
 
 
 def test_lines_say_speed_memory_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with records(tmp_path, log_every=2, ceiling_flops=1e10) as run:
+    with records(tmp_path, log_every=2, ceiling_flops=lambda: 1e10) as run:
         for step in range(1, 5):
             run.step(step, {"loss": 0.25, "seconds": 0.5, "num_samples": 2, "flops": 1e9})
         run.scalars(4, {"psnr": 30.0})
@@ -119,7 +119,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_tensorboard_holds_losses_and_rates(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with records(tmp_path, tensorboard=True, ceiling_flops=1e10) as run:
+    with records(tmp_path, tensorboard=True, ceiling_flops=lambda: 1e10) as run:
         run.step(1, {"loss": 0.5, "seconds": 0.5, "num_tokens": 50, "flops": 1e9})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
