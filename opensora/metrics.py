@@ -1,4 +1,4 @@
-"""How close two clips are: PSNR, SSIM and, where its weights are at hand, LPIPS, frame by frame.
+"""How close two clips are: PSNR, SSIM and, where its weights are at hand, LPIPS; and how sharp one is. By frame.
 
 Axes: B clips, T frames, C channels, H height, W width. Source: Open-Sora-Plan v1.1.0, opensora/eval.
 """
@@ -48,6 +48,15 @@ def ssim(frames: Tensor, other: Tensor) -> Tensor:
     likeness = (2 * mean_a * mean_b + C1) * (2 * covariance + C2)
     likeness = likeness / ((mean_a**2 + mean_b**2 + C1) * (variance_a + variance_b + C2))
     return likeness.mean((1, 2, 3)).reshape(leading).mean(-1)
+
+
+def gradient_energy(frames: Tensor) -> Tensor:
+    """Mean squared difference of neighbouring pixels, across plus down, in fp64: lower in a blurred frame.
+
+    Shapes: (*, C, H, W), uint8 or floating-point in [0, 1], at least 2 x 2 -> (*). Errors: TypeError for other dtypes.
+    """
+    frames = _in_unit_range("gradient_energy", frames)
+    return frames.diff(dim=-1).square().mean((-3, -2, -1)) + frames.diff(dim=-2).square().mean((-3, -2, -1))
 
 
 def lpips_alex() -> Distance | str:

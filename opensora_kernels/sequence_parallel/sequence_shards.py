@@ -71,6 +71,10 @@ class SequenceShards:
     def num_ranks(self) -> int:
         return rank_and_size("SequenceShards", self.group)[1]
 
+    def sizes(self, length: int) -> list[int]:
+        """The share of each rank of `group` of an axis of `length`."""
+        return shard_sizes(length, self.num_ranks)
+
     def split(self, x: Tensor, *, dim: int, grad_scale: GradScale = "none") -> Tensor:
         """This rank's share of x, which all ranks hold: see `split_sequence`."""
         return split_sequence(x, dim=dim, group=self.group, grad_scale=grad_scale)
@@ -155,7 +159,7 @@ class SequenceShards:
     def _chunk_sizes(self, length: int) -> list[int]:
         """Tokens of each rank of the ring, once the exchange has put the shares of its `ulysses` group together."""
         num_across = rank_and_size("SequenceShards", self.ulysses)[1]
-        sizes = shard_sizes(length, self.num_ranks)
+        sizes = self.sizes(length)
         return [sum(sizes[start : start + num_across]) for start in range(0, len(sizes), num_across)]
 
     def _check(

@@ -22,6 +22,7 @@ from opensora.training import Adversary, TrainedWeights
 from opensora.training.checkpoint import read_tensors
 from opensora.training.records import read_losses
 from tests.sequence_parallel.worlds import World
+from tests.training import vae_rank_checks
 from tests.training.flow_run import NUM_STEPS, train_flow
 
 CPU = torch.device("cpu")
@@ -295,4 +296,4 @@ IN_FOUR = [
     a_run_is_left_half_done,
     a_killed_rank_ends_the_others_with_an_error,
 ]
-IN_TWO = [sharded_training_equals_one_process, a_run_of_more_ranks_goes_on]
+IN_TWO = [sharded_training_equals_one_process, a_run_of_more_ranks_goes_on, *vae_rank_checks.CHECKS]
