@@ -75,7 +75,8 @@ def train_flow(
 
     def loss(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         factor = before_loss(batch["step"]) if before_loss is not None else None
-        error = flow.training_losses(model, batch["latents"], sizes | {"y": batch["y"]}).mean()
+        arguments = sizes | {"y": batch["y"], "sequence": context.sequence}
+        error = flow.training_losses(model, batch["latents"], arguments).mean()
         return error * (1.0 if factor is None else factor), {"twice": 2 * error}
 
     def export(folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -80,6 +80,15 @@ def training_with_whole_copies_equals_one_process(world: World) -> None:
         assert_equal_runs(world.folder / "none", world.folder / "whole")
 
 
+def tokens_spread_over_ranks_equal_one_process(world: World) -> None:
+    """Two ranks exchange heads; the other two read other batches, or hold other keys in the ring."""
+    for name, config in (("ulysses", {"ulysses": 2}), ("both", {"ulysses": 2, "ring": 2})):
+        context = context_of(**config)
+        train_flow(world.folder / name, context, accumulation_steps=NUM_MICRO_BATCHES // context.data_world_size)
+        if world.rank == 0:
+            assert_equal_runs(world.folder / name, world.folder / "whole")
+
+
 def a_run_is_left_half_done(world: World) -> None:
     """For `a_run_of_more_ranks_goes_on`, in a world of fewer."""
     train_flow(world.folder / "half", context_of(), accumulation_steps=1, steps=2)
@@ -285,6 +294,7 @@ def a_killed_rank_ends_the_others_with_an_error(world: World) -> None:
 IN_FOUR = [
     sharded_training_equals_one_process,
     training_with_whole_copies_equals_one_process,
+    tokens_spread_over_ranks_equal_one_process,
     the_mesh_is_data_by_ring_by_ulysses,
     ranks_of_one_sequence_draw_alike,
     bf16_shards_train_and_export_fp32,
