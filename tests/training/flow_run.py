@@ -101,6 +101,9 @@ def train_flow(
             return model(x, timestep, y[:, 0], sequence=context.sequence)
         return model(x, timestep, y, sequence=context.sequence, **arguments)
 
+    with torch.no_grad():  # as a first validation does
+        velocity(x[:BATCH_SIZE], torch.zeros(BATCH_SIZE), y=y[:BATCH_SIZE], **sizes)
+
     def loss(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         factor = before_loss(batch["step"]) if before_loss is not None else None
         error = flow.training_losses(velocity, batch["latents"], sizes | {"y": batch["y"]}).mean()
