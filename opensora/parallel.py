@@ -20,8 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.utils._pytree import SUPPORTED_NODES
 
 from opensora.config import ParallelConfig
 
@@ -148,6 +146,9 @@ class ParallelContext:
         """
         if self.world_size == 1 or self.config.sharding == "none" or not is_sharded:
             return module.to(self.device)
+        # 0.7 s to import, which sampling need not wait for.
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
         # The warning is about changing an output in place, which no model of ours does, and comes for every block.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         offload = OffloadPolicy()
@@ -179,6 +180,8 @@ class ParallelContext:
 
         All ranks enter together; inside, a rank may compute alone. No gradients.
         """
+        from torch.distributed.fsdp import FSDPModule
+
         sharded = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
         roots = [module for module in modules if isinstance(module, FSDPModule)]
         for part in sharded:
@@ -250,6 +253,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def _open_dataclasses(module: nn.Module, arguments: Any, output: Any) -> None:
     """Let PyTorch see the tensors of an output that is a dataclass: FSDP's backward pass starts at them."""
+    from torch.utils._pytree import SUPPORTED_NODES
+
     if is_dataclass(output) and not isinstance(output, type):
         if type(output) not in SUPPORTED_NODES:
             torch.export.register_dataclass(type(output))
