@@ -17,9 +17,9 @@ from opensora.data.datasets import ClipDataset
 from opensora.data.loader import make_loader
 from opensora.metrics import WINDOW, gradient_energy, psnr, ssim
 from opensora.parallel import DTYPES, ParallelContext
+from opensora.perceptual import LPIPS
 from opensora.training import Adversary, Job, LoaderBatches, TrainingResult, prepare_process, run_job
 from opensora.vae import (
-    LPIPS,
     CausalVideoVAE,
     DiscriminatorLoss,
     GeneratorLoss,
