@@ -203,5 +203,7 @@ def test_a_run_of_another_model_is_not_resumed(tmp_path: Path):
     check_resumed(tmp_path / "nowhere", before)
     with pytest.raises(ValueError, match=r"resume: .*step-00000002 must be of the same model, .*depth was 1, now 2;"):
         check_resumed(tmp_path, replace(before, depth=2))
-    with pytest.raises(ValueError, match=r"input_sq_size was 512, now absent; .* and \d+ more; is it of another preset"):
+    with pytest.raises(
+        ValueError, match=r"input_sq_size was 512, now absent; .* and \d+ more; is it of another preset"
+    ):
         check_resumed(tmp_path, STDiTConfig(hidden_size=24, depth=1, num_heads=2))

@@ -99,6 +99,8 @@ def test_lengths_of_stages_and_sizes_of_clips_are_the_published_ones():
         data = STAGES[name].data
         assert ((data.num_frames, *data.image_size), data.frame_interval) == (size, interval), name
         assert (data.batch_size, data.use_image_num) == (batch_size, num_images), name
+    assert {name for name, config in STAGES.items() if config.data.flip} == set(V1_0)
+    assert {name for name, config in STAGES.items() if config.data.file_fps} == {"open-sora-v1.1 images", *V1_1}
 
 
 def test_the_eight_steps_to_open_sora_1_2_change_one_thing_at_a_time():
