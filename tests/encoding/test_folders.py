@@ -116,7 +116,8 @@ def test_unreadable_clips_and_empty_captions_are_skipped_counted_and_named(folde
     rows[1] = ("cut.mp4", *rows[1][1:])
     rows[2] = (rows[2][0], " ", *rows[2][2:])
     rows[3] = ("absent.mp4", *rows[3][1:])
-    data = DataConfig(manifest=write_list(folder / "bad.csv", rows), num_frames=NUM_FRAMES, image_size=(16, 16))
+    options = {"num_frames": NUM_FRAMES, "image_size": (16, 16), "num_workers": 1}
+    data = DataConfig(manifest=write_list(folder / "bad.csv", rows), **options)
     encoding = config(folder, tmp_path / "out", data=data)
     result = run_encode(encoding, vae, text)
     assert result.is_finished
