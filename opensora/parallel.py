@@ -91,7 +91,10 @@ class ParallelContext:
         backend = "gloo"
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps one store for all attempts; torch 2.13 would find in it where ranks of the last one listened.
+        attempt = dist.PrefixStore(f"attempt {launch['num_restarts']} of {world_size}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
         return cls.of_world(config, device, dtype=dtype, **launch)
 
     @classmethod
@@ -158,6 +161,8 @@ class ParallelContext:
             ),
             "offload_policy": offload,
         }
+        for parameter in module.parameters():  # FSDP takes no other layout, such as channels_last
+            parameter.data = parameter.data.contiguous()
         module.register_forward_hook(_open_dataclasses)  # before FSDP's own, which looks for tensors in the output
         for blocks in module.children():
             for block in blocks if isinstance(blocks, nn.ModuleList) else ():

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from opensora import presets
 from opensora.cli.options import Parser
@@ -56,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         "with VAEs that are made beside the runs. Prints the losses of the first and last step, and those of held-out "
         "clips before and after.",
     )
-    parser.add_argument("--scale", type=str, default="tiny", choices=["tiny"], help="how far stages are scaled down")
+    parser.add_argument("--scale", type=Literal["tiny"], default="tiny", help="how far stages are scaled down")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each stage")
     parser.add_argument("--only", type=str, default="", help="stages whose name begins so, as open-sora-v1.2")
     parser.add_argument("--vae", type=bool, default=True, help="the stages of train-vae too")
@@ -129,6 +130,8 @@ def _train(stage: Stage, folder: Path, folders: dict[str, Path], *, steps: int, 
     part = "transformer" if isinstance(config, TrainConfig) else "vae"
     if before is not None:
         config = replace(config, **{f"initial_{part}": str(folders[before] / "model" / part)})
+        if isinstance(config, TrainVAEConfig):
+            config = replace(config, image_vae=None)
     config = complete(config, folder.parent / "parts")
     if isinstance(config, TrainConfig):
         from opensora.trainer import run_train

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from opensora.config import OptimizerConfig, ParallelConfig
 from opensora.models import STDiT3
 from opensora.parallel import ParallelContext
-from opensora.training import Adversary
+from opensora.training import Adversary, TrainedWeights
 from opensora.training.checkpoint import read_tensors
 from opensora.training.records import read_losses
 from tests.sequence_parallel.worlds import World
+from tests.training import vae_rank_checks
 from tests.training.flow_run import train_flow
 
 CPU = torch.device("cpu")
@@ -124,7 +126,8 @@ def bf16_shards_train_and_export_fp32(world: World) -> None:
     rows, expected = (numbers(world.folder / name) for name in ("bf16", "whole"))
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=0.05)
     saved = read_tensors(result.checkpoint)
-    assert {tensor.dtype for name, tensor in saved.items() if "weights" in name} == {torch.float32}
+    trained = [name.replace("ema.", "weights.") for name in saved if name.startswith("ema.")]
+    assert {saved[name].dtype for name in trained} == {torch.float32}
     with pytest.raises(
         ValueError, match=r"run\.dtype must be what sharded modules compute in, torch.float32, got torch.bf"
     ):
@@ -209,6 +212,63 @@ def an_adversary_learns_alike_on_all_ranks(world: World) -> None:
     dist.barrier()
 
 
+@dataclass(frozen=True)
+class Halves:
+    """What `TiedModel` returns."""
+
+    first: Tensor
+    rest: list[Tensor]
+
+
+class TiedModel(nn.Module):
+    """Two layers of one weight, and an output in which FSDP sees no tensor by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.second.weight = self.first.weight
+        self.last.bias.requires_grad_(False)
+        self.unused = nn.Linear(1, 5)
+
+    def forward(self, x: Tensor) -> Halves:
+        out = self.last(self.second(self.first(x).tanh()))
+        return Halves(out[:, :1], [out[:, 1:]])
+
+
+def gradients_reach_tied_weights_through_a_dataclass(world: World) -> None:
+    """Also with gradients by themselves on the way, as an adversary's weight is found."""
+
+    def model() -> TiedModel:
+        torch.manual_seed(1)
+        return TiedModel()
+
+    def backward(model: TiedModel, x: Tensor) -> Tensor:
+        output = model(x)
+        loss = output.first.square().mean() + output.rest[0].sum()
+        (by_itself,) = torch.autograd.grad(loss, model.last.weight, retain_graph=True)
+        loss.backward()
+        return by_itself
+
+    context = context_of()
+    x = torch.randn(world.num_ranks, 2, 3, generator=torch.Generator().manual_seed(2))
+    whole, wrapped = model(), context.wrap(model())
+    weights = TrainedWeights({"tied": wrapped}, torch.float32, context)
+    for micro_batch in range(2):
+        by_itself = [backward(whole, part * (micro_batch + 1)) for part in x]
+        weights.set_gradient_sync(micro_batch == 1)
+        found = backward(wrapped, x[world.rank] * (micro_batch + 1))
+        torch.testing.assert_close(found, by_itself[world.rank])
+        weights.collect_gradients(is_last=micro_batch == 1)
+    assert weights.names == ["tied.first.weight", "tied.first.bias", "tied.second.bias", "tied.last.weight",
+                             "tied.unused.weight", "tied.unused.bias"]  # fmt: skip
+    of_whole = dict(whole.named_parameters())
+    for name, master in zip(weights.names, weights.masters, strict=True):
+        gradient = weights.global_tensor(name, master.grad).full_tensor()
+        expected = of_whole[name.removeprefix("tied.")].grad
+        expected = torch.zeros_like(gradient) if expected is None else expected / world.num_ranks
+        torch.testing.assert_close(gradient, expected)
+
+
 def a_killed_rank_ends_the_others_with_an_error(world: World) -> None:
     def die(step: int) -> None:
         if step == 4 and world.rank == world.num_ranks - 1:
@@ -231,7 +291,8 @@ IN_FOUR = [
     a_bad_loss_of_one_rank_is_skipped_by_all,
     a_signal_to_one_rank_stops_all_after_the_same_step,
     an_adversary_learns_alike_on_all_ranks,
+    gradients_reach_tied_weights_through_a_dataclass,
     a_run_is_left_half_done,
     a_killed_rank_ends_the_others_with_an_error,
 ]
-IN_TWO = [sharded_training_equals_one_process, a_run_of_more_ranks_goes_on]
+IN_TWO = [sharded_training_equals_one_process, a_run_of_more_ranks_goes_on, *vae_rank_checks.CHECKS]
