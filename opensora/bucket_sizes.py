@@ -196,6 +196,8 @@ class TrainStep:
     def __call__(self, size: Size, batch_size: int) -> Cost:
         device = next(self.transformer.parameters()).device
         seconds = []
+        if device.type != "cpu":
+            torch.accelerator.empty_cache()  # of the batch before, which may have run out of memory
         try:
             batch = self._batch(size, batch_size, device)
             for number in range(1 + self.repeats):

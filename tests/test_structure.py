@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 450
 
 # Files of opensora and folders of files -> what else in opensora they may import.
-_ALONE = ("config", "video", "weight_files", "metrics", "families", "placements", "device_memory")
-_FILES = {name: set() for name in _ALONE} | {"config_files": {"config"}, "parallel": {"config"}}
+_ALONE = ("config", "video", "weight_files", "perceptual", "families", "placements", "device_memory")
+_FILES = {name: set() for name in _ALONE}
+_FILES |= {"config_files": {"config"}, "parallel": {"config"}, "metrics": {"perceptual"}}
 _CHECKPOINTS = {"checkpoints": {"config", "config_files", "families", "placements", "weight_files"}}
 _LEAF_ROOMS = {room: {"config"} for room in ("data", "vae", "text", "models", "schedulers", "conditioning")}
 _BESIDE_THEM = {"training": {"config", "parallel", "device_memory"}, "presets": {"config", "data"}}

@@ -1,7 +1,7 @@
 """A folder of encoded clips on disk: shards of tensors, each whole or absent, and what they hold.
 
     encoding.json            what all of it was made with; other settings are refused
-    shards/0000-00003.safetensors, parts/0000-00003.json
+    shards/0000-00003-1f0c42.safetensors, parts/0000-00003-1f0c42.json
                              the fourth shard of rank 0: tensors, and the rows of the index that they belong to, with
                              clips that could not be read; the part is written when its shard is in place
     index.parquet            the rows of all parts, written when every clip is encoded or known to be unreadable
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from torch import Tensor
 
 SETTINGS, INDEX = "encoding.json", "index.parquet"
 Item = tuple[int, int]
+# More than a shard takes on any disk that is worth writing to.
+SECONDS_TO_WRITE = 600
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,11 @@ class ShardWriter:
     _bytes: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("shards", "parts"):  # of a process that was killed while it wrote
-            for leftover in (self.folder / name).glob(f".{self.rank:04d}-*.writing"):
-                leftover.unlink(missing_ok=True)
+        """Remove what a process of this rank left that was killed while it wrote, unless one still runs."""
+        parts = {path.stem for path in (self.folder / "parts").glob("*.json")}
+        for path in [*self.folder.glob(f"*/.{self.rank:04d}-*"), *self.folder.glob(f"shards/{self.rank:04d}-*")]:
+            if path.stem not in parts and time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
+                path.unlink(missing_ok=True)
 
     def add(self, row: Row, tensors: Mapping[str, Tensor]) -> None:
         """`tensors` may hold names that the shard has already: they are of a text that two clips share."""
@@ -228,8 +233,9 @@ class ShardWriter:
         self._rows, self._unread, self._tensors, self._bytes = [], [], {}, 0
 
     def _next_name(self) -> str:
-        numbers = [int(path.stem.partition("-")[2]) for path in (self.folder / "parts").glob(f"{self.rank:04d}-*.json")]
-        return f"{self.rank:04d}-{max(numbers, default=-1) + 1:05d}"
+        numbers = [int(path.stem.split("-")[1]) for path in (self.folder / "parts").glob(f"{self.rank:04d}-*.json")]
+        # The last part is for two processes of one rank, started by mistake: neither writes over the other's shards.
+        return f"{self.rank:04d}-{max(numbers, default=-1) + 1:05d}-{uuid.uuid4().hex[:6]}"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -98,6 +99,47 @@ def test_a_forgotten_prefetcher_ends_its_thread():
     assert threads()
     del prefetcher
     assert not threads()
+
+
+class FakeAccelerator:
+    """In place of torch.cuda: notes what is asked of streams and events."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def Stream(self, device: torch.device) -> FakeAccelerator:
+        return self
+
+    def Event(self) -> FakeAccelerator:
+        return self
+
+    def current_stream(self, device: torch.device) -> FakeAccelerator:
+        return self
+
+    @contextmanager
+    def stream(self, stream: FakeAccelerator) -> Iterator[None]:
+        self.calls.append("copy")
+        yield
+
+    def record(self, stream: FakeAccelerator) -> None:
+        self.calls.append("record")
+
+    def wait_event(self, event: FakeAccelerator) -> None:
+        self.calls.append("wait")
+
+
+def test_an_accelerator_copies_on_a_stream_of_its_own_and_the_step_waits_for_the_copy(monkeypatch):
+    device, kept = FakeAccelerator(), []
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    monkeypatch.setattr("opensora.data.prefetch._pinned", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor))
+    prefetcher = Prefetcher(Counting(last=1), "meta")
+    batch = next(prefetcher)
+    assert (batch["x"].device.type, batch["pair"][0].device.type, batch["text"]) == ("meta", "meta", ["0"])
+    assert device.calls == ["copy", "record", "wait"]
+    assert [tensor is other for tensor, other in zip(kept, (batch["x"], batch["pair"][0]), strict=True)] == [True, True]
+    with pytest.raises(OSError, match="cannot be read"):
+        next(prefetcher)
 
 
 def test_what_is_no_tensor_stays_as_it_is():

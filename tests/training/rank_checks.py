@@ -22,7 +22,7 @@ from opensora.training import Adversary, TrainedWeights
 from opensora.training.checkpoint import read_tensors
 from opensora.training.records import read_losses
 from tests.sequence_parallel.worlds import World
-from tests.training import vae_rank_checks
+from tests.training import recipe_rank_checks, vae_rank_checks
 from tests.training.flow_run import NUM_STEPS, latte, stdit2, train_flow
 
 CPU = torch.device("cpu")
@@ -315,6 +315,7 @@ IN_FOUR = [
     an_adversary_learns_alike_on_all_ranks,
     gradients_reach_tied_weights_through_a_dataclass,
     a_run_is_left_half_done,
+    *recipe_rank_checks.CHECKS,
     a_killed_rank_ends_the_others_with_an_error,
 ]
 IN_TWO = [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from opensora.checkpoints import CheckpointError, save_model
 from opensora.config import DataConfig, IDDPMConfig, RectifiedFlowConfig, STDiT3Config, STDiTConfig
-from opensora.initial_weights import start_from
+from opensora.initial_weights import check_resumed, start_from
 from opensora.inputs import Encoders, Inputs, captions_of
 from opensora.models import LatteT2V, STDiT, STDiT3
 from opensora.parallel import ParallelContext
@@ -190,3 +192,18 @@ def test_weights_start_from_the_same_model_or_an_earlier_one(tmp_path: Path):
         start_from(LatteT2V(SYSTEMS["open-sora-plan-v1.1"].transformer), tmp_path / "first")
     with pytest.raises(CheckpointError, match="does not fit STDiT3"):
         start_from(STDiT3(STDiT3Config(**size | {"hidden_size": 48})), tmp_path / "second")
+
+
+def test_a_run_of_another_model_is_not_resumed(tmp_path: Path):
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    before = STDiT3Config(hidden_size=24, depth=1, num_heads=2)
+    (folder / "state.json").write_text(json.dumps({"config": {"transformer": asdict(before)}}))
+    check_resumed(tmp_path, replace(before, class_dropout_prob=0.5, freeze_y_embedder=True))
+    check_resumed(tmp_path / "nowhere", before)
+    with pytest.raises(ValueError, match=r"resume: .*step-00000002 must be of the same model, .*depth was 1, now 2;"):
+        check_resumed(tmp_path, replace(before, depth=2))
+    with pytest.raises(
+        ValueError, match=r"input_sq_size was 512, now absent; .* and \d+ more; is it of another preset"
+    ):
+        check_resumed(tmp_path, STDiTConfig(hidden_size=24, depth=1, num_heads=2))

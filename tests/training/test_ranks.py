@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.sequence_parallel.worlds import PASSED, run
-from tests.training import rank_checks
+from tests.training import rank_checks, recipe_rank_checks
 
 ROOT = Path(__file__).parents[2]
 CHECKS = [(4, check.__name__) for check in rank_checks.IN_FOUR] + [(2, check.__name__) for check in rank_checks.IN_TWO]
@@ -21,6 +21,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, li
     """{number of ranks: {check: outcome on each rank}}; the world of two goes on from a run of the world of four."""
     four, two = (tmp_path_factory.mktemp(name) for name in ("four", "two"))
     rank_checks.whole_run(four)
+    recipe_rank_checks.whole_runs(four)
     found = {4: run(4, rank_checks.IN_FOUR, four)}
     shutil.copytree(four / "whole", two / "whole")
     shutil.copytree(four / "half", two / "half")

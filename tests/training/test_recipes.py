@@ -14,10 +14,19 @@ import torch
 
 from opensora import presets
 from opensora.cli.train_all import all_stages
-from opensora.config import IDDPMConfig, LatteT2VConfig, RectifiedFlowConfig, TrainConfig, TransformerConfig
+from opensora.config import (
+    EncodeConfig,
+    IDDPMConfig,
+    LatteT2VConfig,
+    RectifiedFlowConfig,
+    TrainConfig,
+    TransformerConfig,
+)
 from opensora.data.buckets import Buckets
-from opensora.loading import MODEL_OF
+from opensora.encoding import run_encode
+from opensora.loading import MODEL_OF, load_vae
 from opensora.presets.scaling import scaled
+from opensora.text.t5 import TextEncoder
 from opensora.tiny_parts import complete
 from opensora.trainer import run_train
 from opensora.training import TrainingResult
@@ -99,6 +108,8 @@ def test_lengths_of_stages_and_sizes_of_clips_are_the_published_ones():
         data = STAGES[name].data
         assert ((data.num_frames, *data.image_size), data.frame_interval) == (size, interval), name
         assert (data.batch_size, data.use_image_num) == (batch_size, num_images), name
+    assert {name for name, config in STAGES.items() if config.data.flip} == set(V1_0)
+    assert {name for name, config in STAGES.items() if config.data.file_fps} == {"open-sora-v1.1 images", *V1_1}
 
 
 def test_the_eight_steps_to_open_sora_1_2_change_one_thing_at_a_time():
@@ -271,3 +282,23 @@ def test_a_preset_is_found_with_its_stage():
         presets.get_with_stage("close-sora")
     with pytest.raises(ValueError, match="scale: must be one of full, tiny, got 'huge'"):
         scaled(TrainConfig(), "huge")
+
+
+def test_encoded_clips_train_without_the_models_that_encoded_them(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    twin = complete(scaled(STAGES["open-sora-v1.2 stage1"], "tiny"), parts)
+    data = replace(twin.data, manifest=twin.data.validation, buckets={"32": {1: (1.0, 2), 17: (1.0, 1)}})
+    encoded = EncodeConfig(output=str(tmp_path / "encoded"), data=data, store="moments", dtype="fp32")
+    vae = load_vae(twin.vae, twin.vae_kind, dtype=torch.float32, device=torch.device("cpu"))
+    text = TextEncoder.from_pretrained(twin.text_encoder, model_max_length=twin.transformer.model_max_length)
+    assert run_encode(encoded, vae, text).is_finished
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("nothing is left to encode")
+
+    monkeypatch.setattr("opensora.trainer.load_vae", refuse)
+    monkeypatch.setattr("opensora.trainer.TextEncoder.from_pretrained", refuse)
+    data = replace(data, encoded=encoded.output, manifest="", cache_in_memory=False)
+    result = train_twin("open-sora-v1.2 stage1", parts, tmp_path / "run", data=data, vae="", text_encoder="")
+    assert math.isfinite(result.loss)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from opensora import presets, vae_trainer
 from opensora.checkpoints import load_model, save_model
-from opensora.config import AdversaryConfig, CausalVideoVAEConfig, VAEConfig, VAELossConfig
+from opensora.config import AdversaryConfig, CausalVideoVAEConfig, ParallelConfig, VAEConfig, VAELossConfig
 from opensora.presets.scaling import scaled
 from opensora.training.records import read_losses
 from opensora.vae import CausalVideoVAE, VideoVAE
@@ -185,6 +185,7 @@ def test_random_lengths_of_a_causal_vae_are_those_it_takes():
             r"use_z_rec_loss must be false for a Causal",
         ),
         ("causal", {"freeze_spatial": True}, r"freeze_spatial must be false for a CausalVideoVAE"),
+        ("causal", {"parallel": ParallelConfig(ulysses=2)}, r"a VAE has no tokens to cut, got 2 and 1"),
         ("stacked", {"mix_factor": 0.5}, r"mix_factor must be none unless"),
         ("stacked", {"freeze_spatial": True}, r"freeze_spatial needs initial_vae or image_vae"),
         ("causal", {"initial_vae": "a", "image_vae": "b"}, r"from initial_vae or from image_vae, got both"),
