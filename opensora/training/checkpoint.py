@@ -155,9 +155,10 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, whole."""
-    metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
-    Checkpoints(path.parent, keep=1, context=ParallelContext()).load(path, tensors)
+    reader = HuggingFaceStorageReader(str(path))
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
