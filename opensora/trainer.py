@@ -21,6 +21,7 @@ from opensora.data.encoded import EncodedDataset
 from opensora.data.loader import ClipLoader, make_loader
 from opensora.data.prefetch import Prefetcher
 from opensora.encoding import check_encoded
+from opensora.estimate.work import TransformerWork
 from opensora.initial_weights import check_resumed, newest_checkpoint, start_from
 from opensora.inputs import Encoders, Inputs, captions_of
 from opensora.latents import cached_batches
@@ -59,7 +60,8 @@ def run_train(config: TrainConfig, *, resume: bool = False, context: ParallelCon
     encoders = Encoders(
         vae, text, context.device, trains_text=config.train_text_encoder, keeps_texts=config.cache_latents
     )
-    task = _Task(config, transformer, encoders, build(config.scheduler), context, _held_out(config))
+    work = TransformerWork(config.transformer)
+    task = _Task(config, transformer, encoders, build(config.scheduler), context, _held_out(config), work)
     task.check()
     modules: dict[str, nn.Module] = {"transformer": transformer}
     if config.train_text_encoder:
@@ -157,7 +159,7 @@ def _transformer(config: TrainConfig) -> nn.Module:
     for name, parameter in transformer.named_parameters():
         if name.startswith(config.frozen):
             parameter.requires_grad_(False)
-    transformer.set_gradient_checkpointing(config.run.grad_checkpoint)
+    transformer.set_gradient_checkpointing(config.run.checkpointing)
     return transformer
 
 
@@ -177,6 +179,7 @@ class _Task:
     scheduler: TrainingScheduler
     context: ParallelContext
     held_out: HeldOut | None
+    work: TransformerWork
 
     def check(self) -> None:
         model, vae, text = self.config.transformer, self.encoders.vae, self.encoders.text
@@ -195,7 +198,7 @@ class _Task:
         if inputs.attention_mask is not None:
             options["loss_mask"] = inputs.attention_mask  # IDDPM's alone: `_check` has seen to it
         losses = self.scheduler.training_losses(self.conditioned(inputs), inputs.x0, inputs.sizes, **options)
-        return losses.mean(), {}
+        return losses.mean(), self.work.of(inputs.x0, inputs.y, inputs.num_images)
 
     def conditioned(self, inputs: Inputs) -> Callable[..., Tensor]:
         """The transformer as schedulers call it, (x, t, x_mask=None, **sizes) -> output, with the texts of a batch."""
@@ -255,7 +258,9 @@ class _Task:
     def validate_start(self) -> None:
         """What the loss is before the first step, to be compared with."""
         self.transformer.eval()
-        values = self.validate(0)
+        # A forward pass by itself would leave the outermost weights unsharded, and the optimizer would take those.
+        with self.context.whole(self.transformer):
+            values = self.validate(0)
         self.transformer.train()
         if self.context.is_main:
             logger.warning("validation before the first step: %.4g", values["validation"])

@@ -51,6 +51,9 @@ def run_train_vae(
     Open-Sora-Plan keeps its scaling factor.
     Errors: ValueError for a configuration that cannot train; see `run_job` for those met on the way.
     """
+    for name in ("encoded", "use_image_num"):
+        if value := getattr(config.data, name):
+            raise ValueError(f"train-vae: data.{name} must not be set, for clips in pixels are needed, got {value!r}")
     context = context or ParallelContext.single_process(config.run.device)
     _check_terms(config, context)
     prepare_process(config.run)
@@ -139,7 +142,7 @@ def _build(config: TrainVAEConfig, device: torch.device) -> VideoVAE | CausalVid
         for part in (vae.spatial_vae.module, vae.temporal_vae) if kind is VideoVAEConfig else (vae,):
             part.encoder.requires_grad_(False)
             part.quant_conv.requires_grad_(False)
-    if config.run.grad_checkpoint:
+    if config.run.checkpointing != "none":
         vae.set_gradient_checkpointing()
     if device.type == "cuda" and kind is VideoVAEConfig:
         # cuDNN's layout. Not on the CPU: there a bf16 step takes 1.60 s so and 1.29 s without (GroupNorm's backward).

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ._version import __version__
-from .backends import BackendError, explain, use
+from .backends import BackendError, explain, meta_as, use
 from .integrations import apply_opensora_kernels
 from .norms import Norm
 from .ops.attention import attention
@@ -42,6 +42,7 @@ __all__ = [
     "gather_sequence",
     "group_norm_silu",
     "guided_euler_step",
+    "meta_as",
     "modulate",
     "pack_shards",
     "qk_norm_attention",

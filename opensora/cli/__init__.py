@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("opensora.cli.train", "train a diffusion transformer"),
     "train-vae": ("opensora.cli.train_vae", "train a video VAE"),
     "train-all": ("opensora.cli.train_all", "train every stage of every preset, scaled down"),
+    "estimate": ("opensora.cli.estimate", "say what training and sampling take, before anything runs"),
     "inspect": ("opensora.cli.inspect", "say what a checkpoint is, without reading its weights"),
     "convert": ("opensora.cli.convert", "write a checkpoint in another layout, or adapt it to the next model"),
     "pack": ("opensora.cli.pack", "make a small model folder of finished training runs"),

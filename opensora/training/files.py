@@ -38,6 +38,20 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Puts a file with that text in the place of `path`. Errors: OSError; the old file stays then."""
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with temporary.open("w", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before the data that it names
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder; a kill on the way leaves nothing under its name."""
     leaving = path.with_name(f".{path.name}.removing")

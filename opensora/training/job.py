@@ -42,12 +42,12 @@ class Adversary:
 class Job:
     """What one training does that others do not.
 
-    `modules` are trained (their parameters that require a gradient); `loss` maps a batch to (scalar, scalars to log).
-    A batch that is a dict gets `step`, the 0-based number of the step. `export(folder, states)` writes a model folder
-    from {module: state} and runs on the main rank alone; `sample(folder, step)` writes examples and returns scalars to
-    log, `validate(step)` returns scalars; both run on all ranks, of which the main one's files and scalars are kept.
-    All three run with the averaged weights in the modules, whole on each rank, without gradients. `config` is recorded
-    in every checkpoint.
+    `modules` are trained (their parameters that require a gradient); `loss` maps a batch to (scalar, scalars to log);
+    `num_samples`, `num_tokens` and `flops` of the batch among these become rates. A batch that is a dict gets `step`,
+    the 0-based number of the step. `export(folder, states)` writes a model folder from {module: state} and runs on the
+    main rank alone; `sample(folder, step)` writes examples and returns scalars to log, `validate(step)` returns
+    scalars; both run on all ranks, of which the main one's files and scalars are kept. All three run with the averaged
+    weights in the modules, whole on each rank, without gradients. `config` is recorded in every checkpoint.
     """
 
     modules: Mapping[str, nn.Module]

@@ -5,6 +5,7 @@ One process and many run the same loop; `ParallelContext` says where they differ
 
 from __future__ import annotations
 
+import platform
 import tempfile
 import threading
 import time
@@ -19,15 +20,17 @@ from torch.distributed.fsdp import FSDPModule
 
 from opensora.config import OptimizerConfig, RunConfig
 from opensora.parallel import DTYPES, ParallelContext
+from opensora.training.ceiling import ceiling_flops
 from opensora.training.checkpoint import Checkpoints
 from opensora.training.files import replace_folder
 from opensora.training.interrupts import stop_on_interrupt
 from opensora.training.job import Job, TrainingResult
 from opensora.training.players import Player
 from opensora.training.randomness import seed_between_steps, seed_micro_batch
-from opensora.training.records import Records
+from opensora.training.records import Records, write_run_record
 from opensora.training.resuming import check_checkpoint, differences, is_restart_of_this_launch, plain, remember_launch
 from opensora.training.sums import Sums
+from opensora.training.throughput import WORK
 from opensora.training.watch import LossWatch, Verdict
 
 
@@ -90,9 +93,11 @@ class _Loop:
         self.job.batches.load_state_dict(state["batches"])
         self.saved_step = self.step
         self.notes.append(f"resuming after step {self.step} from {latest}")
-        self.notes += differences(state["config"], plain(self.job.config))
+        changes = differences(state["config"], plain(self.job.config))
+        self.notes += [f"changed since the checkpoint: {change}" for change in changes]
 
     def run(self) -> TrainingResult:
+        self._write_record()
         try:
             with stop_on_interrupt() as stop:
                 while not self._run_until_done(stop):
@@ -164,6 +169,9 @@ class _Loop:
         self.loss = values.pop("loss")
         norm, seconds = values.pop("grad_norm"), time.perf_counter() - start
         times = {"seconds": seconds, "data_seconds": data_seconds}
+        for name in WORK:  # means of micro-batches of one data rank: here those of all
+            if name in values:
+                values[name] *= self.num_micro_batches * self.context.data_world_size
         return {"loss": self.loss, "grad_norm": norm, "lr": lrs[0]} | times | values, verdict
 
     def _micro_batch(self, batch: Any, index: int, sums: Sums) -> None:
@@ -256,12 +264,26 @@ class _Loop:
         self.saved_step = self.step
         self.notes.append(f"back to step {self.step} from {latest}")
 
-    def _records(self) -> Records | _NoRecords:
-        run = self.run_config
-        if not self.context.is_main:
-            return _NoRecords()
+    def _write_record(self) -> None:
+        context = self.context
+        num_hosts = len(set(context.gather(platform.node())))
+        if context.is_main:
+            place = {"device": context.device, "world_size": context.world_size, "num_hosts": num_hosts}
+            write_run_record(self.output, self.job.config, first_step=self.step, **place)
+
+    def _records(self) -> Records:
+        run, context = self.run_config, self.context
         return Records(
-            self.output, first_step=self.step, num_steps=run.steps, log_every=run.log_every, tensorboard=run.tensorboard
+            self.output,
+            first_step=self.step,
+            num_steps=run.steps,
+            log_every=run.log_every,
+            tensorboard=run.tensorboard,
+            wandb_project=run.wandb_project,
+            config=self.job.config,
+            is_main=context.is_main,
+            device=context.device,
+            ceiling_flops=lambda: ceiling_flops(DTYPES[run.dtype], context.device) * context.world_size,
         )
 
     def _module_names(self) -> dict[str, str]:
@@ -275,26 +297,11 @@ class _Loop:
         return self.checkpoints.latest() or "none"
 
     def _lost_touch(self, error: Exception) -> str:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
         return (
             f"training: rank {self.context.rank} of {self.context.world_size} lost touch with another rank after step "
             f"{self.step}: {reason}; last good checkpoint: {self._last_good()}, from which --resume goes on"
         )
-
-
-class _NoRecords:
-    """Records of a rank that is not the main one."""
-
-    def __enter__(self) -> _NoRecords:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def _ignore(self, *arguments: object) -> None:
-        pass
-
-    step = scalars = note = flush = _ignore
 
 
 def _is_wrapper(kind: type) -> bool:
