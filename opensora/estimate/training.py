@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
@@ -102,6 +103,8 @@ class TrainingOnPaper:
             itemsize=self._dtype.itemsize,
         )
         encoders = self._encoders()
+        # One clip is run on paper itself, many are taken from a fit.
+        self._forward_flops = self._denoiser.flops if len(clips) == 1 else partial(forward_flops, self._denoiser)
         rows = [self._bucket(clip, degree, checkpointing, weights, encoders) for clip in clips]
         return TrainingEstimate(self.preset.name, self.hardware, degree, checkpointing, weights, encoders, rows)
 
@@ -121,7 +124,7 @@ class TrainingOnPaper:
             training = weights.unsharded + activations(batch)
             return self.hardware.reserved + states + encoders + max(training, self._encoding(clip.size, batch))
 
-        forward = clip.batch * forward_flops(self._denoiser, latents) / degree.ranks
+        forward = clip.batch * self._forward_flops(latents) / degree.ranks
         encoding = clip.batch * self._vae.flops("encode", clip.size) / degree.ranks if self.has_encoders else 0
         flops = FORWARD_AND_BACKWARD * forward + encoding
         recomputed = forward if checkpointing == "full" else 0
