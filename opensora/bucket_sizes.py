@@ -5,22 +5,24 @@ Ranks wait for the slowest at every step, so that a bucket twice as slow as the 
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from opensora.checkpoints import load_config
-from opensora.config import BucketTable, Preset, RectifiedFlowConfig, STDiT2Config, STDiT3Config, VideoVAEConfig
+from opensora.config import BucketTable, STDiT2Config, STDiT3Config, TrainConfig, VAEKind, VideoVAEConfig
 from opensora.data.aspect_ratios import get_resolution
 from opensora.loading import MODEL_OF
-from opensora.schedulers.rectified_flow import RectifiedFlow
+from opensora.schedulers import TrainingScheduler
 from opensora.vae import VideoVAE
 
 Size = tuple[int, int, int]
@@ -187,12 +189,15 @@ class TrainStep:
     """
 
     transformer: nn.Module
+    scheduler: TrainingScheduler
     latent_size: Callable[[Size], Size]
     repeats: int = 3
 
     def __call__(self, size: Size, batch_size: int) -> Cost:
         device = next(self.transformer.parameters()).device
         seconds = []
+        if device.type != "cpu":
+            torch.accelerator.empty_cache()  # of the batch before, which may have run out of memory
         try:
             batch = self._batch(size, batch_size, device)
             for number in range(1 + self.repeats):
@@ -224,28 +229,32 @@ class TrainStep:
         return latents, arguments
 
     def _step(self, latents: Tensor, arguments: dict[str, Tensor]) -> None:
-        flow = RectifiedFlow(RectifiedFlowConfig(use_timestep_transform=False))
-        flow.training_losses(self.transformer, latents, arguments).mean().backward()
+        self.scheduler.training_losses(self.transformer, latents, arguments).mean().backward()
 
 
-def latent_size_of(preset: Preset) -> Callable[[Size], Size]:
-    """Sizes of a preset's latents; its VAE is not loaded, only its configuration where that is at hand."""
-    if preset.vae_kind == "frames":
-        return lambda size: (size[0], size[1] // 8, size[2] // 8)
-    if preset.vae_kind == "causal":
-        return lambda size: (1 + (size[0] - 1) // 4, size[1] // 8, size[2] // 8)
-    folder = Path(preset.vae)
-    config = load_config(folder, VideoVAEConfig) if (folder / "config.json").is_file() else VideoVAEConfig()
-    with torch.device("meta"):
-        return VideoVAE(config).latent_size
+def latent_size_of(vae: str, kind: VAEKind) -> Callable[[Size], Size]:
+    """Sizes of latents; the VAE is not loaded, only its configuration where it is a folder, else the released one's."""
+    config_file = Path(vae) / "config.json"
+    if kind == "stacked":
+        config = load_config(Path(vae), VideoVAEConfig) if config_file.is_file() else VideoVAEConfig()
+        with torch.device("meta"):
+            return VideoVAE(config).latent_size
+    side = 8
+    if kind == "frames" and config_file.is_file():
+        side = 2 ** (len(json.loads(config_file.read_text())["block_out_channels"]) - 1)
+    every = 4 if kind == "causal" else 1
+    return lambda size: (1 + (size[0] - 1) // every, size[1] // side, size[2] // side)
 
 
-def build_transformer(preset: Preset, *, dtype: torch.dtype, device: torch.device, grad_checkpoint: bool) -> nn.Module:
-    """The preset's transformer with random weights, ready to train. ValueError for one of clips of one size."""
-    if not isinstance(preset.transformer_config, (STDiT2Config, STDiT3Config)):
-        raise ValueError(f"find-batch-sizes: preset must be of clips of any size, got {preset.name}")
+def build_transformer(
+    config: TrainConfig, *, dtype: torch.dtype, device: torch.device, grad_checkpoint: Any
+) -> nn.Module:
+    """The transformer of a training with random weights. ValueError for one of clips of one size."""
+    if not isinstance(config.transformer, (STDiT2Config, STDiT3Config)):
+        kind = type(config.transformer).__name__
+        raise ValueError(f"find-batch-sizes: transformer must take clips of any size, got {kind}")
     with torch.device(device):
-        transformer = MODEL_OF[type(preset.transformer_config)](preset.transformer_config)
+        transformer = MODEL_OF[type(config.transformer)](config.transformer)
     transformer = transformer.to(device, dtype).train()
     transformer.set_gradient_checkpointing(grad_checkpoint)
     return transformer

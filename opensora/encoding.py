@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from opensora.conditioning.prompts import append_scores
 from opensora.config import EncodeConfig, TransformerConfig
 from opensora.data.buckets import BucketKey, Buckets
 from opensora.data.datasets import ClipDataset
@@ -28,12 +27,14 @@ from opensora.data.manifest import Manifest
 from opensora.data.reading import VideoError
 from opensora.data.samplers import ClipRequest, VariableVideoBatchSampler
 from opensora.data.shards import Row, ShardWriter, Unread, open_folder, read_parts, write_index
-from opensora.text.cleaning import clean_caption
+from opensora.inputs import captions_of
 from opensora.text.t5 import TextEncoder
 
 logger = logging.getLogger(__name__)
 STORED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VERSION = 1
+# What a caption is made of, as in training: scores are appended to it.
+CAPTION_PARTS = ("text", "aes", "flow", "camera_motion")
 MAX_KNOWN_TEXTS = 1024
 
 
@@ -184,7 +185,7 @@ class _ClipEncoder:
         weight = next(self.vae.parameters())
         video_BCTHW = torch.stack([sample["video"] for _, sample in batch]).to(weight)
         latents = self._latents(video_BCTHW)
-        captions = [caption_of(sample, self.config) for _, sample in batch]
+        captions = captions_of({name: [sample[name] for _, sample in batch] for name in CAPTION_PARTS})
         self._embed(captions)
         for number, ((item, sample), caption) in enumerate(zip(batch, captions, strict=True)):
             key = f"{item.request.index}-{item.window}"
@@ -243,14 +244,6 @@ def _row(item: _Item, sample: dict[str, Any], key: str, text_key: str) -> Row:
     )
 
 
-def caption_of(sample: dict[str, Any], config: EncodeConfig) -> str:
-    """The caption as the text encoder gets it."""
-    text = sample["text"]
-    if config.append_scores:
-        text = append_scores(text, aes=sample["aes"], flow=sample["flow"], camera_motion=sample["camera_motion"])
-    return clean_caption(text)
-
-
 def _finish(folder: Path, manifest: Manifest, wanted: set[tuple[int, int]]) -> EncodeResult:
     contents = read_parts(folder)
     is_finished = contents.items >= wanted
@@ -283,8 +276,11 @@ def encoding_settings(
         "model_max_length": 0 if text is None else text.model_max_length,
         "clips": clips.hexdigest(),
         "buckets": data.buckets,
-        **{name: getattr(data, name) for name in ("image_size", "num_frames", "frame_interval", "fit")},
-        **{name: getattr(config, name) for name in ("windows", "store", "storage", "keep_padding", "append_scores")},
+        **{
+            name: getattr(data, name)
+            for name in ("image_size", "num_frames", "frame_interval", "fit", "flip", "file_fps")
+        },
+        **{name: getattr(config, name) for name in ("windows", "store", "storage", "keep_padding", "tile_vae")},
         **{name: getattr(config, name) for name in ("seed", "dtype", "text_dtype")},
     }
 

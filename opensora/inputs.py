@@ -84,8 +84,9 @@ class Encoders:
         """Encode what is not encoded yet.
 
         batch: `video` (B, 3, T, H, W), or `latents` and perhaps `latents_std`, their posterior's; `text`, or `y` with
-        `mask`; beside the clips `images` (B, I, 3, H, W) or `image_latents` (B, I, C, H, W), with `image_text` (B lists
-        of I) or `image_y` and `image_mask`. Scores are appended to captions, see `captions_of`.
+        `mask`; beside the clips `images` (B, I, 3, H, W), or `image_latents` (B, I, C, H, W) and `image_latents_std`,
+        with `image_text` (B lists of I) or `image_y` and `image_mask`. Scores are appended to captions, see
+        `captions_of`.
         Errors: ValueError where an encoder is needed that is None.
         """
         x0 = self.latents(batch, sample_posterior=sample_posterior)
@@ -122,7 +123,9 @@ class Encoders:
     def _image_latents(self, batch: Mapping[str, Any], *, sample_posterior: bool) -> Tensor | None:
         """(B, C, I, H, W), each image a clip of one frame; None without images."""
         if "image_latents" in batch:
-            return batch["image_latents"].to(self.device).transpose(1, 2)
+            names = {"latents": "image_latents", "latents_std": "image_latents_std"}
+            stored = {name: batch[key] for name, key in names.items() if key in batch}
+            return self.latents(stored, sample_posterior=sample_posterior).transpose(1, 2)
         if "images" not in batch:
             return None
         images_BICHW = batch["images"]

@@ -20,8 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.utils._pytree import SUPPORTED_NODES
 
 from opensora.config import ParallelConfig
 
@@ -91,7 +89,10 @@ class ParallelContext:
         backend = "gloo"
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps one store for all attempts; torch 2.13 would find in it where ranks of the last one listened.
+        attempt = dist.PrefixStore(f"attempt {launch['num_restarts']} of {world_size}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
         return cls.of_world(config, device, dtype=dtype, **launch)
 
     @classmethod
@@ -145,6 +146,9 @@ class ParallelContext:
         """
         if self.world_size == 1 or self.config.sharding == "none" or not is_sharded:
             return module.to(self.device)
+        # 0.7 s to import, which sampling need not wait for.
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
         # The warning is about changing an output in place, which no model of ours does, and comes for every block.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         offload = OffloadPolicy()
@@ -158,6 +162,8 @@ class ParallelContext:
             ),
             "offload_policy": offload,
         }
+        for parameter in module.parameters():  # FSDP takes no other layout, such as channels_last
+            parameter.data = parameter.data.contiguous()
         module.register_forward_hook(_open_dataclasses)  # before FSDP's own, which looks for tensors in the output
         for blocks in module.children():
             for block in blocks if isinstance(blocks, nn.ModuleList) else ():
@@ -174,6 +180,8 @@ class ParallelContext:
 
         All ranks enter together; inside, a rank may compute alone. No gradients.
         """
+        from torch.distributed.fsdp import FSDPModule
+
         sharded = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
         roots = [module for module in modules if isinstance(module, FSDPModule)]
         for part in sharded:
@@ -245,6 +253,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def _open_dataclasses(module: nn.Module, arguments: Any, output: Any) -> None:
     """Let PyTorch see the tensors of an output that is a dataclass: FSDP's backward pass starts at them."""
+    from torch.utils._pytree import SUPPORTED_NODES
+
     if is_dataclass(output) and not isinstance(output, type):
         if type(output) not in SUPPORTED_NODES:
             torch.export.register_dataclass(type(output))

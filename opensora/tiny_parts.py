@@ -2,7 +2,8 @@
 
     clips.csv, heldout.csv   moving shapes of 20, 36 and 60 frames in three aspect ratios, with scores, and still images
     images.csv               still images alone
-    vae-frames               the 2-D half of the embedded model's VAE
+    image-vae                the 2-D half of the embedded model's VAE
+    vae-frames               the same, with as many latent channels as the whole VAE
     vae-causal-1.0, -1.1     CausalVideoVAE as released, with fewer channels and random weights
     image-model              a transformer for images as PixArt's, of random weights
 
@@ -130,7 +131,7 @@ def _write_frame_vae(folder: Path) -> None:
     """
     from diffusers import AutoencoderKL
 
-    narrow = load_model(tiny.ASSETS / "vae", VideoVAE, VideoVAEConfig, dtype=torch.float32).spatial_vae.module
+    narrow = _image_vae()
     moments = narrow.encode(_first_frames(16)).latent_dist.parameters
     mean_C, std_C = _standardise(narrow.quant_conv, moments, scale=SCALING_FACTOR)
     wide = AutoencoderKL(**{**narrow.config, "latent_channels": LATENT_CHANNELS["frames"]})
@@ -150,6 +151,10 @@ def _write_frame_vae(folder: Path) -> None:
     decoding.weight.zero_()[:num_narrow, :, 0, 0] = to_decoder @ (std_C[:, None] * back_NW)
     decoding.bias.zero_()[:num_narrow] = state["post_quant_conv.bias"] + to_decoder @ mean_C
     wide.save_pretrained(folder)
+
+
+def _image_vae() -> nn.Module:
+    return load_model(tiny.ASSETS / "vae", VideoVAE, VideoVAEConfig, dtype=torch.float32).spatial_vae.module
 
 
 def _write_causal_vae(folder: Path, version: str) -> None:
@@ -206,6 +211,7 @@ def _standardise(quantiser: nn.Module, moments: Tensor, *, scale: float) -> tupl
 
 _MODELS: dict[str, Callable[[Path], None]] = {
     "image-model": _write_image_model,
+    "image-vae": lambda folder: _image_vae().save_pretrained(folder),
     "vae-frames": _write_frame_vae,
     "vae-causal-1.0": lambda folder: _write_causal_vae(folder, "1.0"),
     "vae-causal-1.1": lambda folder: _write_causal_vae(folder, "1.1"),

@@ -258,7 +258,9 @@ class _Task:
     def validate_start(self) -> None:
         """What the loss is before the first step, to be compared with."""
         self.transformer.eval()
-        values = self.validate(0)
+        # A forward pass by itself would leave the outermost weights unsharded, and the optimizer would take those.
+        with self.context.whole(self.transformer):
+            values = self.validate(0)
         self.transformer.train()
         if self.context.is_main:
             logger.warning("validation before the first step: %.4g", values["validation"])

@@ -17,9 +17,9 @@ from opensora.data.datasets import ClipDataset
 from opensora.data.loader import make_loader
 from opensora.metrics import WINDOW, gradient_energy, psnr, ssim
 from opensora.parallel import DTYPES, ParallelContext
+from opensora.perceptual import LPIPS
 from opensora.training import Adversary, Job, LoaderBatches, TrainingResult, prepare_process, run_job
 from opensora.vae import (
-    LPIPS,
     CausalVideoVAE,
     DiscriminatorLoss,
     GeneratorLoss,
@@ -51,6 +51,9 @@ def run_train_vae(
     Open-Sora-Plan keeps its scaling factor.
     Errors: ValueError for a configuration that cannot train; see `run_job` for those met on the way.
     """
+    for name in ("encoded", "use_image_num"):
+        if value := getattr(config.data, name):
+            raise ValueError(f"train-vae: data.{name} must not be set, for clips in pixels are needed, got {value!r}")
     context = context or ParallelContext.single_process(config.run.device)
     _check_terms(config, context)
     prepare_process(config.run)
@@ -106,6 +109,11 @@ def _check_terms(config: TrainVAEConfig, context: ParallelContext) -> None:
                 f"train-vae: {name} must be off where loss.use_real_rec_loss is: it judges pixels, and this stage "
                 "compares latents alone"
             )
+    if config.parallel.ulysses * config.parallel.ring > 1:
+        raise ValueError(
+            "train-vae: parallel.ulysses and parallel.ring must be 1, for a VAE has no tokens to cut, got "
+            f"{config.parallel.ulysses} and {config.parallel.ring}"
+        )
     if config.adversary.use_actnorm and context.world_size > 1:
         raise ValueError(
             "train-vae: adversary.use_actnorm must be false with several ranks, each of which would take its first "

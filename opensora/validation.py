@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,8 +20,7 @@ from torch import Tensor
 from opensora.config import DataConfig
 from opensora.data.buckets import Buckets
 from opensora.data.datasets import ClipDataset
-from opensora.data.loader import collate
-from opensora.data.manifest import read_manifest
+from opensora.data.loader import clips_of, collate, read_clips
 from opensora.data.samplers import ClipRequest
 from opensora.inputs import Encoders, Inputs
 from opensora.parallel import ParallelContext
@@ -46,7 +45,7 @@ def held_out(config: DataConfig, num_clips: int) -> HeldOut:
 
     Errors: those of `read_manifest`; ValueError when no clip is large and long enough for any bucket.
     """
-    manifest = read_manifest(config.validation)
+    manifest = read_clips(config, config.validation)
     requests: dict[str, tuple[ClipRequest, ...]] = {}
     rows: dict[str, int] = {}
     for name, batch_size, assign in _buckets(config):
@@ -58,7 +57,7 @@ def held_out(config: DataConfig, num_clips: int) -> HeldOut:
         raise ValueError(
             f"validation: clips of {config.validation} must fill a bucket, of {len(manifest.clips)} none do"
         )
-    clips = ClipDataset(manifest, frame_interval=config.frame_interval, seed=0, cache_in_memory=config.cache_in_memory)
+    clips = clips_of(manifest, replace(config, flip=False), seed=0)
     return HeldOut(clips, requests, rows)
 
 

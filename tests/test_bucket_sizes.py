@@ -107,7 +107,7 @@ def test_the_command_measures_a_small_model_and_training_takes_the_table(tmp_pat
     assert [line.split(":")[0].split() for line in lines] == [["144p,", f"{n}", "frames"] for n in (1, 17)]
     table = printed.removeprefix("--data.buckets '").removesuffix("'")
     seen = []
-    monkeypatch.setattr("opensora.cli.train._train", lambda config, resume: seen.append(config) or 1 / 0)
+    monkeypatch.setattr("opensora.cli.train._train", lambda config, resume, context: seen.append(config) or 1 / 0)
     for given in (["--data.buckets", table], ["--config", str(output)]):
         with pytest.raises(ZeroDivisionError):
             main(["train", "--preset", "open-sora-v1.2", *given])
@@ -119,8 +119,8 @@ def test_the_command_measures_a_small_model_and_training_takes_the_table(tmp_pat
 
 def test_the_command_refuses_presets_without_buckets_and_of_one_size(capsys):
     assert main(["find-batch-sizes", "--preset", "tiny"]) == 2
-    assert "buckets: must be given for preset tiny" in capsys.readouterr().err
+    assert "buckets: must be given for tiny uniform" in capsys.readouterr().err
     arguments = ["--buckets", '{"144p": {"1": [1.0, 1]}}', "--device", "cpu"]
     assert main(["find-batch-sizes", "--preset", "open-sora-plan-v1.1", *arguments]) == 2
-    assert "preset must be of clips of any size" in capsys.readouterr().err
+    assert "transformer must take clips of any size, got LatteT2VConfig" in capsys.readouterr().err
     assert presets.get("tiny").training  # a preset that trains, on clips of one size

@@ -18,6 +18,7 @@ from opensora.cli import COMMANDS, main
 from opensora.config import TrainConfig, TrainVAEConfig
 from opensora.data.reading import probe
 from opensora.parallel import ParallelContext
+from opensora.presets.scaling import scaled
 from opensora.training import TrainingResult
 from tests.tiny_models import save_tiny_models
 
@@ -220,7 +221,7 @@ def test_unknown_commands_list_the_known_and_help_is_no_error(capsys):
         assert leaving.value.code == 0
     told = capsys.readouterr().out
     assert "--optimizer.warmup-steps" in told
-    assert "0x" not in told, "a type without a name"
+    assert " at 0x" not in told, "a type without a name"
 
 
 @pytest.fixture
@@ -261,6 +262,17 @@ def test_without_options_training_is_the_preset(trained):
     assert trained[1] == (replace(expected, run=replace(expected.run, recipe="open-sora-v1.2/stage2")), False)
 
 
+def test_a_stage_is_named_with_its_preset_and_scaled_down(trained, monkeypatch):
+    made = []
+    monkeypatch.setattr("opensora.tiny_parts.complete", lambda config, folder: made.append(folder) or config)
+    assert main(["train", "--preset", "open-sora-1.2-stage3", "--scale", "tiny", "-o", "there", "--steps", "7"]) == 0
+    config = trained[0][0]
+    assert made == ["there/parts"]
+    assert (config.run.output, config.run.steps) == ("there", 7)
+    assert config.transformer == scaled(presets.get("open-sora-v1.2").training["stage3"], "tiny").transformer
+    assert config.run.recipe == "open-sora-v1.2/stage3/tiny"
+
+
 def test_a_stopped_training_says_how_to_go_on(trained, capsys):
     assert main(["train", "--steps", "13"]) == 130
     assert "--resume goes on after step 7" in capsys.readouterr().err
@@ -270,6 +282,11 @@ def test_a_stopped_training_says_how_to_go_on(trained, capsys):
     ("arguments", "message"),
     [
         (["train", "--preset", "huge"], "preset: must be one of"),
+        (["train", "--preset", "open-sora-1.2-stage9"], "stages of open-sora-v1.2 are stage1, stage2, stage3, adapt-1"),
+        (["train", "--preset", "open-sora-1.2-stage1", "--stage", "stage2"], "stage: preset open-sora-v1.2 has stage1"),
+        (["train", "--scale", "small"], "scale: must be one of full, tiny, got 'small'"),
+        (["train-vae", "--preset", "open-sora-1.1"], "open-sora-v1.1 has no stages for opensora train-vae"),
+        (["train-all", "--only", "close-sora"], "only: must be the beginning of one of open-sora-v1.2 adapt-1-images"),
         (["train", "--stage", "stage9"], "stage: preset tiny has uniform, shifted, motion, got 'stage9'"),
         (["train", "--optimizer.lr", "fast"], 'option "optimizer.lr"'),
         (["train", "--optimizer.decay", "linear"], "linear"),

@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 450
 
 # Files of opensora and folders of files -> what else in opensora they may import.
-_ALONE = ("config", "video", "weight_files", "metrics", "families", "placements", "device_memory")
-_FILES = {name: set() for name in _ALONE} | {"config_files": {"config"}, "parallel": {"config"}}
+_ALONE = ("config", "video", "weight_files", "perceptual", "families", "placements", "device_memory")
+_FILES = {name: set() for name in _ALONE}
+_FILES |= {"config_files": {"config"}, "parallel": {"config"}, "metrics": {"perceptual"}}
 _CHECKPOINTS = {"checkpoints": {"config", "config_files", "families", "placements", "weight_files"}}
 _LEAF_ROOMS = {room: {"config"} for room in ("data", "vae", "text", "models", "schedulers", "conditioning")}
 _BESIDE_THEM = {"training": {"config", "parallel", "device_memory"}, "presets": {"config", "data"}}
@@ -39,7 +40,7 @@ _JOINTS = {
     "initial_weights": {"adaptation", "checkpoints", "config", "conversion", "families", "weight_files"},
     "sampling": {"config", "conditioning", "data", "device_memory", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
-    "encoding": {"conditioning", "config", "data", "text"},
+    "encoding": {"config", "data", "inputs", "text"},
     "bucket_sizes": {"checkpoints", "config", "data", "loading", "schedulers", "vae"},
     "tiny_parts": {"checkpoints", "config", "data", "models", "presets", "vae", "video"},
     "sampler": {*_BELOW, "loading", "sampling"},

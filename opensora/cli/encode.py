@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from opensora import presets
 from opensora.cli import CommandError
-from opensora.cli.options import Parser, add_config_options, config_from_options, early_option
-from opensora.config import DataConfig, EncodeConfig, Preset
+from opensora.cli.options import Parser, add_config_options, config_from_options
+from opensora.cli.training import choose_stage
+from opensora.config import EncodeConfig, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -31,30 +31,24 @@ SECONDS_BETWEEN_LINES = 10
 
 
 def run(arguments: Sequence[str]) -> int:
-    preset = presets.get(early_option(arguments, "--preset", presets.names()[0]))
-    stages = preset.training
-    stage = early_option(arguments, "--stage", next(iter(stages), ""))
-    if stage and stage not in stages:
-        raise CommandError(f"stage: preset {preset.name} has {', '.join(stages) or 'none'}, got {stage!r}")
-    default = _defaults(preset, stage)
-
+    choice = choose_stage("encode", arguments, lambda preset: preset.training)
     parser = Parser(
         "encode",
         "Encode what a stage of a preset's training would read, into a folder for --data.encoded of `opensora train`. "
         "May be stopped at any moment; the same command goes on. Under torchrun each process encodes its share.",
     )
-    parser.add_argument("--preset", type=str, default=preset.name, help=f"one of {', '.join(presets.names())}")
-    parser.add_argument("--stage", type=str, default=stage, help=f"one of {', '.join(stages) or 'none'}")
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    choice.add_options(parser)
     parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)), help="default: torchrun's")
     parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))
-    add_config_options(parser, default, ALIASES)
+    add_config_options(parser, _defaults(choice.complete(choice.config)), ALIASES)
     options = parser.parse(arguments)
+    choice.check(options)
     config = config_from_options(EncodeConfig, options)
-    if not config.data.manifest:
-        raise CommandError("manifest: must name a list of clips, got ''")
+    for name, value in (("manifest", config.data.manifest), ("output", config.output)):
+        if not value:
+            raise CommandError(f"{name}: must be given, got ''")
 
-    result = _encode(config, preset, options["rank"], options["world_size"])
+    result = _encode(config, options["rank"], options["world_size"])
     print(result.manifest)
     _print_unread(result)
     if result.is_finished:
@@ -64,26 +58,33 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _defaults(preset: Preset, stage: str) -> EncodeConfig:
-    data = preset.training[stage].data if stage else DataConfig()
+def _defaults(training: TrainConfig) -> EncodeConfig:
     return EncodeConfig(
-        data=replace(data, manifest="", encoded="", cache_in_memory=False, num_workers=0),
-        vae=preset.vae,
-        text_encoder=preset.text_encoder,
-        model_max_length=preset.transformer_config.model_max_length,
+        data=replace(training.data, encoded="", cache_in_memory=False, use_image_num=0, image_manifest=""),
+        vae=training.vae,
+        vae_kind=training.vae_kind,
+        tile_vae=training.tile_vae,
+        text_encoder=training.text_encoder,
+        model_max_length=training.transformer.model_max_length,
+        seed=training.run.seed,
+        dtype=training.run.dtype,
+        text_dtype=training.run.dtype,
     )
 
 
-def _encode(config: EncodeConfig, preset: Preset, rank: int, world_size: int) -> EncodeResult:
+def _encode(config: EncodeConfig, rank: int, world_size: int) -> EncodeResult:
     from transformers.utils import logging
 
     from opensora.encoding import run_encode
     from opensora.loading import load_text_encoder, load_vae
     from opensora.parallel import DTYPES
+    from opensora.vae import VAETiling
 
     logging.disable_progress_bar()
     device = _device(config.device)
-    vae = load_vae(config.vae, preset.vae_kind, dtype=DTYPES[config.dtype], device=device)
+    vae = load_vae(config.vae, config.vae_kind, dtype=DTYPES[config.dtype], device=device)
+    if config.tile_vae and config.vae_kind == "causal":
+        vae.tiling = VAETiling()
     text: Any = None
     if config.text_encoder:
         text = load_text_encoder(

@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from opensora import presets
 from opensora.cli import CommandError
-from opensora.cli.options import OrNone, Parser, early_option
-from opensora.config import BucketTable, Precision
+from opensora.cli.options import OrNone, Parser
+from opensora.cli.training import StageChoice, choose_stage
+from opensora.config import BucketTable, Precision, RunConfig, TrainConfig
 
 GIB = 2**30
 
 
 def run(arguments: Sequence[str]) -> int:
-    preset = presets.get(early_option(arguments, "--preset", presets.names()[0]))
-    stages = {name: config for name, config in preset.training.items() if config.data.buckets}
-    stage = early_option(arguments, "--stage", next(iter(stages), ""))
-    if stage and stage not in stages:
-        raise CommandError(f"stage: preset {preset.name} has buckets in {', '.join(stages) or 'none'}, got {stage!r}")
-    options = _parser(preset.name, stage, stages[stage].data.buckets if stage else {}).parse(arguments)
+    choice = choose_stage("find-batch-sizes", arguments, lambda preset: preset.training)
+    options = _parser(choice).parse(arguments)
+    choice.check(options)
+    training = choice.config
     if not options["buckets"]:
-        raise CommandError(f"buckets: must be given for preset {preset.name}, which has none, got {{}}")
+        raise CommandError(f"buckets: must be given for {choice.preset.name} {choice.stage}, which has none, got {{}}")
 
     import torch
 
@@ -35,17 +33,21 @@ def run(arguments: Sequence[str]) -> int:
         training_state_bytes,
     )
     from opensora.parallel import DTYPES, resolve_device
+    from opensora.schedulers import build
 
     device = resolve_device(options["device"])
     transformer = build_transformer(
-        preset, dtype=DTYPES[options["dtype"]], device=device, grad_checkpoint=options["grad_checkpoint"]
+        training, dtype=DTYPES[options["dtype"]], device=device, grad_checkpoint=options["grad_checkpoint"]
     )
     memory = options["memory_gib"] and int(options["memory_gib"] * GIB)
     if memory is None and device.type == "cuda":
         memory = int(0.95 * torch.cuda.get_device_properties(device).total_memory)
     if memory is not None:
         memory -= training_state_bytes(transformer, options["shards"])
-    step = TrainStep(transformer, latent_size_of(preset), repeats=options["repeats"])
+    training = choice.complete(training)
+    step = TrainStep(
+        transformer, build(training.scheduler), latent_size_of(training.vae, training.vae_kind), options["repeats"]
+    )
     table, _ = find_batch_sizes(
         options["buckets"],
         step,
@@ -60,23 +62,23 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser(preset: str, stage: str, buckets: BucketTable) -> Parser:
+def _parser(choice: StageChoice[TrainConfig]) -> Parser:
     parser = Parser(
         "find-batch-sizes",
-        "Time forward and backward of a preset's transformer in every bucket at growing batch sizes, and print the "
+        "Time forward and backward of a stage's transformer in every bucket at growing batch sizes, and print the "
         "table with the batch sizes at which all take equally long.",
     )
-    add = parser.add_argument
-    add("--preset", type=str, default=preset, help=f"one of {', '.join(presets.names())}")
-    add("--stage", type=str, default=stage, help="whose buckets; default: the first stage that has some")
-    add("--buckets", type=BucketTable, default=buckets, help="a table in place of the stage's")
+    choice.add_options(parser)
+    add, run_config = parser.add_argument, choice.config.run
+    add("--buckets", type=BucketTable, default=choice.config.data.buckets, help="a table in place of the stage's")
     add("--target-seconds", type=OrNone(float), help="of a step; default: of the slowest bucket at batch 1")
     add("--memory-gib", type=OrNone(float), help="of the accelerator; default: 95 %% of what it has")
     add("--shards", type=int, default=1, help="ranks that share weights' averages and the optimizer's state")
     add("--max-batch-size", type=int, default=512)
     add("--repeats", type=int, default=3, help="timed steps of each size")
-    add("--grad-checkpoint", type=bool, default=True)
-    add("--dtype", type=Precision, default="bf16")
+    hint = get_type_hints(RunConfig)["grad_checkpoint"]
+    add("--grad-checkpoint", type=hint, default=run_config.grad_checkpoint, help="default: the stage's")
+    add("--dtype", type=Precision, default=run_config.dtype)
     add("--device", type=str, default="auto", help="auto, cpu, cuda, npu, ...")
     add("--output", "-o", type=OrNone(str), help="a YAML file for --config of `opensora train`")
     return parser

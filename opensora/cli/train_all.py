@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from opensora import presets
 from opensora.cli.options import Parser
@@ -52,15 +53,17 @@ HEADER = f"{'stage':<42} {'first':>9} {'last':>9} {'s/step':>7} {'before':>8} {'
 def run(arguments: Sequence[str]) -> int:
     parser = Parser(
         "train-all",
-        "Train the tiny twin of every stage for a few steps, each from the one before where that has run, on clips and "
-        "with VAEs that are made beside the runs. Prints the losses of the first and last step, and those of held-out "
-        "clips before and after.",
+        "Train the tiny twin of every stage for a few steps, each from the one before where that has run, now or "
+        "earlier, on clips and with VAEs that are made beside the runs. Prints the losses of the first and last step, "
+        "and those of held-out clips before and after.",
     )
-    parser.add_argument("--scale", type=str, default="tiny", choices=["tiny"], help="how far stages are scaled down")
+    parser.add_argument("--scale", type=Literal["tiny"], default="tiny", help="how far stages are scaled down")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each stage")
     parser.add_argument("--only", type=str, default="", help="stages whose name begins so, as open-sora-v1.2")
     parser.add_argument("--vae", type=bool, default=True, help="the stages of train-vae too")
-    parser.add_argument("--output", "-o", type=str, default="outputs/tiny", help="where the runs go; emptied first")
+    parser.add_argument(
+        "--output", "-o", type=str, default="outputs/tiny", help="where the runs go; each replaces its last"
+    )
     options = parser.parse(arguments)
     stages = [stage for stage in all_stages(with_vae=options["vae"]) if stage.name.startswith(options["only"])]
     if not stages:
@@ -72,17 +75,16 @@ def run(arguments: Sequence[str]) -> int:
     logging.disable_progress_bar()
     print(HEADER, flush=True)
     failures: list[str] = []
-    folders: dict[str, Path] = {}
+    output = Path(options["output"])
+    folders = {stage.config.run.output: output / stage.folder for stage in all_stages()}
     for stage in stages:
-        folder = Path(options["output"]) / stage.folder
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(output / stage.folder, ignore_errors=True)
         try:
-            row = _train(stage, folder, folders, steps=options["steps"], scale=options["scale"])
+            row = _train(stage, output / stage.folder, folders, steps=options["steps"], scale=options["scale"])
         except (ValueError, OSError, RuntimeError, FloatingPointError) as error:  # the others shall run all the same
             failures.append(stage.name)
             print(f"{stage.name:<42} failed: {' '.join(str(error).split())}", flush=True)
             continue
-        folders[stage.config.run.output] = folder
         print(row, flush=True)
     if failures:
         print(f"opensora train-all: {len(failures)} of {len(stages)} stages failed", file=sys.stderr)
@@ -114,7 +116,7 @@ def all_stages(*, with_vae: bool = True) -> list[Stage]:
     return list(ordered.values())
 
 
-def _run_of(source: str | None, runs: dict[str, Stage] | dict[str, Path]) -> str | None:
+def _run_of(source: str | None, runs: Iterable[str]) -> str | None:
     """The run whose exported model `source` names, if any."""
     return next((output for output in runs if source is not None and source.startswith(f"{output}/model/")), None)
 
@@ -127,8 +129,10 @@ def _train(stage: Stage, folder: Path, folders: dict[str, Path], *, steps: int, 
     config = replace(config, run=replace(config.run, **changes, log_every=steps))
     before = _run_of(stage.before, folders)
     part = "transformer" if isinstance(config, TrainConfig) else "vae"
-    if before is not None:
-        config = replace(config, **{f"initial_{part}": str(folders[before] / "model" / part)})
+    if before is not None and (model := folders[before] / "model" / part).is_dir():
+        config = replace(config, **{f"initial_{part}": str(model)})
+        if isinstance(config, TrainVAEConfig):
+            config = replace(config, image_vae=None)
     config = complete(config, folder.parent / "parts")
     if isinstance(config, TrainConfig):
         from opensora.trainer import run_train

@@ -7,6 +7,7 @@ from typing import Literal
 
 from opensora.config.data import DataConfig
 from opensora.config.sampling import Precision
+from opensora.config.vaes import VAEKind
 
 
 @dataclass(frozen=True)
@@ -15,21 +16,22 @@ class EncodeConfig:
 
     `store` "mean" keeps the posterior's mean, "moments" its standard deviation too, so that a training can sample.
     `storage` is the type on disk, `dtype` and `text_dtype` those of the models. Embeddings are cut to the tokens of
-    their caption unless `keep_padding`. `append_scores` adds the manifest's scores to the captions. `batch_size` clips
+    their caption unless `keep_padding`. `batch_size` clips
     of one size are encoded at once; `shard_bytes` is the size at which a shard is written. `text_encoder` "" encodes no
-    captions. `retry_unread` tries clips again that could not be read before.
+    captions. `tile_vae` is that of the training. `retry_unread` tries clips again that could not be read before.
     """
 
     output: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     vae: str = ""
+    vae_kind: VAEKind = "stacked"
+    tile_vae: bool = False
     text_encoder: str = ""
     model_max_length: int = 300
     windows: int = 1
     store: Literal["mean", "moments"] = "mean"
     storage: Literal["bf16", "fp32"] = "bf16"
     keep_padding: bool = False
-    append_scores: bool = False
     batch_size: int = 1
     shard_bytes: int = 1 << 30
     retry_unread: bool = False

@@ -36,11 +36,12 @@ class ClipDataset(Dataset):
         video    float32 (3, T, H, W), [-1, 1], resized to fill and cropped
         text, path   str
         num_frames, height, width   int, of `video`; ar = height / width
-        fps      the file's frame rate // frame_interval; 120 for a still image
+        fps      the file's frame rate // frame_interval, or itself with `file_fps`; 120 for a still image
         aes, flow, camera_motion   scores of the manifest, None where it has none
         frames   (first, last) frame of the file
         skipped  list of (path, reason): files that could not be read and in whose place this clip stands
-    `cache_in_memory` keeps every decoded file as uint8; each worker process of a loader has its own cache.
+    `flip` mirrors half of the clips, left to right. `cache_in_memory` keeps every decoded file as uint8; each worker
+    process of a loader has its own cache.
     Errors: VideoError when neither the clip nor any of 10 replacements can be read; ValueError for a malformed item.
     Source: the item of Open-Sora 1.2's VariableVideoTextDataset, except that upstream's replacement is not repeatable.
     """
@@ -53,6 +54,8 @@ class ClipDataset(Dataset):
         image_size: tuple[int, int] | None = None,
         frame_interval: int = 1,
         fit: Fit = "resize_crop",
+        flip: bool = False,
+        file_fps: bool = False,
         seed: int = 42,
         cache_in_memory: bool = False,
     ) -> None:
@@ -64,6 +67,7 @@ class ClipDataset(Dataset):
         self.image_size = image_size
         self.frame_interval = frame_interval
         self.fit: Fit = fit
+        self.flip, self.file_fps = flip, file_fps
         self.seed = seed
         self._cache: dict[str, Tensor] | None = {} if cache_in_memory else None
 
@@ -89,9 +93,13 @@ class ClipDataset(Dataset):
         row, num_frames, size = self._parse(item)
         candidate = row if candidate is None else candidate
         clip = self.manifest.clips[candidate]
-        indices = self._frames(clip, num_frames, random.Random(f"{self.seed}-{epoch}-{item}-{candidate}"))
+        rng = random.Random(f"{self.seed}-{epoch}-{item}-{candidate}")
+        indices = self._frames(clip, num_frames, rng)
         video = transform_frames(frames := self._pixels(clip, indices), size or tuple(frames.shape[2:]), fit=self.fit)
-        return _sample(clip, video, self.frame_interval) | {"frames": (indices[0], indices[-1])}
+        if self.flip and rng.random() < 0.5:
+            video = video.flip(-1)
+        fps = clip.fps if self.file_fps else float(clip.fps // self.frame_interval)
+        return _sample(clip, video, fps) | {"frames": (indices[0], indices[-1])}
 
     def _parse(self, item: Item) -> tuple[int, int, tuple[int, int] | None]:
         numbers = [item] if isinstance(item, int) else str(item).split("-")
@@ -143,7 +151,7 @@ def split_key(key: Item | tuple[int, Item]) -> tuple[int, Item]:
     return key if isinstance(key, tuple) and not isinstance(key, ClipRequest) else (0, key)
 
 
-def _sample(clip: Clip, video_CTHW: Tensor, frame_interval: int) -> dict[str, Any]:
+def _sample(clip: Clip, video_CTHW: Tensor, fps: float) -> dict[str, Any]:
     _, num_frames, height, width = video_CTHW.shape
     return {
         "video": video_CTHW,
@@ -153,7 +161,7 @@ def _sample(clip: Clip, video_CTHW: Tensor, frame_interval: int) -> dict[str, An
         "height": height,
         "width": width,
         "ar": height / width,
-        "fps": IMAGE_FPS if is_image(clip.path) else float(clip.fps // frame_interval),
+        "fps": IMAGE_FPS if is_image(clip.path) else fps,
         "aes": clip.aes,
         "flow": clip.flow,
         "camera_motion": clip.camera_motion,

@@ -5,6 +5,7 @@ Axes: B batch, C channels, T latent frames, H, W latent height and width, L text
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from opensora.data.datasets import Item, split_key
 from opensora.data.manifest import Clip, Manifest
 from opensora.data.samplers import FixedSizeBatchSampler, VariableVideoBatchSampler
 from opensora.data.shards import Row, read_index, read_settings
+
+# A process may have 1024 files open on most systems, and workers have as many each.
+MAX_OPEN_SHARDS = 256
 
 
 class EncodedDataset(Dataset):
@@ -48,7 +52,7 @@ class EncodedDataset(Dataset):
             self.windows[index_of[row.row]][row.window] = row
         if not rows:
             raise ValueError(f"encoded: folder must hold at least one clip, got none in {self.folder}")
-        self._open: dict[str, Any] = {}
+        self._open: OrderedDict[str, Any] = OrderedDict()
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -83,7 +87,7 @@ class EncodedDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes, which open files of their own."""
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def row(self, epoch: int, index: int) -> Row:
         if not 0 <= index < len(self):
@@ -120,6 +124,8 @@ class EncodedDataset(Dataset):
         try:
             if row.shard not in self._open:
                 self._open[row.shard] = safe_open(path, "pt")
+                if len(self._open) > MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
             return self._open[row.shard].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"encoded: shard {path} must hold {name} of {row.path}: {error}") from error

@@ -33,8 +33,9 @@ class Samples(Protocol):
 class JointDataset(Dataset):
     """Clips, each with `num_images` images and their captions.
 
-    A sample is that of `clips` and, beside it, images (I, 3, H, W), or of encoded clips image_latents (I, C, h, w) with
-    image_y (I, L, C) and image_mask (I, L) where texts are encoded; and image_text, a list of I captions.
+    A sample is that of `clips` and, beside it, image_text, a list of I captions, and images (I, 3, H, W); or, of
+    encoded clips, image_latents and, with moments, image_latents_std (I, C, h, w), and where texts are encoded image_y
+    (I, L, C) and image_mask (I, L).
     `images`: a dataset of single frames, of which clip i takes group i modulo the number of groups, or None for frames
     spread over the clip itself, with its caption.
     Errors: ValueError when there are too few images for one group, or when encoded clips shall give their own frames.
@@ -65,7 +66,11 @@ class JointDataset(Dataset):
         row = item if isinstance(item, int) else int(str(item).partition("-")[0])
         images = [self.images[epoch, index] for index in self.groups[row % len(self.groups)]]
         joint = {"image_text": [image["text"] for image in images]}
-        for name, joint_name in (("video", "images"), ("latents", "image_latents")):
+        for name, joint_name in (
+            ("video", "images"),
+            ("latents", "image_latents"),
+            ("latents_std", "image_latents_std"),
+        ):
             if name in sample:
                 joint[joint_name] = _stacked([image[name][:, 0] for image in images])
         for name in ("y", "mask"):

@@ -23,7 +23,9 @@ from opensora.data.samplers import FixedSizeBatchSampler, VariableVideoBatchSamp
 logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 NUMBERS = {"num_frames", "height", "width", "ar", "fps"}
-STACKED = {"video", "latents", "latents_std", "y", "mask", "images", "image_latents", "image_y", "image_mask"}
+STACKED = {"video", "latents", "latents_std", "y", "mask", "images"} | {
+    f"image_{name}" for name in ("latents", "latents_std", "y", "mask")
+}
 BatchSampler = FixedSizeBatchSampler | VariableVideoBatchSampler
 
 
@@ -218,6 +220,8 @@ def clips_of(manifest: Manifest, config: DataConfig, seed: int) -> ClipDataset:
         image_size=config.image_size,
         frame_interval=config.frame_interval,
         fit=config.fit,
+        flip=config.flip,
+        file_fps=config.file_fps,
         seed=seed,
         cache_in_memory=config.cache_in_memory,
     )

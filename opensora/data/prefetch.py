@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,8 @@ class Prefetcher:
     An endless iterator. `state_dict()` is the position after the batch handed out last, however many were read ahead,
     so that a resumed run meets the same batches. `data_seconds` is how long the last batch was waited for,
     `total_data_seconds` all of them. On an accelerator, tensors are copied from pinned memory on a stream of their own.
-    What the loader raises, `next` raises. `close()` ends the thread; so does the end of the process.
+    What the loader raises, `next` raises. `close()` ends the thread and the loader's workers; so do the end of the
+    process and that of the last reference to the prefetcher.
     """
 
     def __init__(self, loader: Loader, device: torch.device | str = "cpu", *, depth: int = 2) -> None:
@@ -35,6 +37,7 @@ class Prefetcher:
         self._loader, self._device, self._depth = loader, torch.device(device), depth
         self._state = loader.state_dict()
         self._worker: _Worker | None = None
+        self._stop: Callable[[], Any] = lambda: None
         self.data_seconds = 0.0
         self.total_data_seconds = 0.0
 
@@ -44,6 +47,8 @@ class Prefetcher:
     def __next__(self) -> Any:
         if self._worker is None:
             self._worker = _Worker(self._loader, self._device, self._depth)
+            # Also at exit, while threads still run; a __del__ could come when they no longer do, and wait for ever.
+            self._stop = weakref.finalize(self, self._worker.stop)
         start = time.perf_counter()
         try:
             batch, self._state = self._worker.take()
@@ -70,7 +75,7 @@ class Prefetcher:
     def close(self) -> None:
         """Stop reading ahead. The next batch, if any is asked for, is the one after the last one handed out."""
         if self._worker is not None:
-            self._worker.stop()
+            self._stop()
             self._worker = None
             self._loader.load_state_dict(self._state)
 
@@ -137,7 +142,7 @@ def _pinned(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type != "cpu" or tensor.is_pinned() else tensor.pin_memory()
 
 
-def _for_each_tensor(batch: Any, change: Any) -> Any:
+def _for_each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The batch with its tensors changed, in dicts, lists and tuples as deep as they go."""
     if isinstance(batch, Tensor):
         return change(batch)

@@ -1,7 +1,7 @@
 """A folder of encoded clips on disk: shards of tensors, each whole or absent, and what they hold.
 
     encoding.json            what all of it was made with; other settings are refused
-    shards/0000-00003.safetensors, parts/0000-00003.json
+    shards/0000-00003-1f0c42.safetensors, parts/0000-00003-1f0c42.json
                              the fourth shard of rank 0: tensors, and the rows of the index that they belong to, with
                              clips that could not be read; the part is written when its shard is in place
     index.parquet            the rows of all parts, written when every clip is encoded or known to be unreadable
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from torch import Tensor
 
 SETTINGS, INDEX = "encoding.json", "index.parquet"
 Item = tuple[int, int]
+# More than a shard takes on any disk that is worth writing to.
+SECONDS_TO_WRITE = 600
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Row:
     window, first_frame, last_frame   which of the clips cut out of that row, and where it lies
     clip_frames, clip_height, clip_width, clip_fps   what was encoded, in frames, pixels and frames per second
     resolution, aspect           its bucket, "" without buckets
-    shard, key, text_key         the file below shards/, and names in it: key + ".latents", ".std", text_key + ".y",
+    shard, shard_bytes           the file below shards/, and its size
+    key, text_key                names in it: key + ".latents", ".std", text_key + ".y",
                                  ".length" or ".mask"; text_key "" where no texts are encoded
     """
 
@@ -65,6 +69,7 @@ class Row:
     key: str
     text_key: str
     shard: str = ""
+    shard_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,8 @@ def read_parts(folder: Path) -> Contents:
         if reason is not None:
             damaged[part["shard"]] = reason
             continue
-        rows |= {(row["row"], row["window"]): Row(**row, shard=part["shard"]) for row in part["rows"]}
+        place = {"shard": part["shard"], "shard_bytes": part["bytes"]}
+        rows |= {(row["row"], row["window"]): Row(**row, **place) for row in part["rows"]}
         unread |= {(each["row"], each["window"]): Unread(**each) for each in part["unread"]}
     missing = [unread[item] for item in sorted(unread.keys() - rows.keys())]
     return Contents([rows[item] for item in sorted(rows)], missing, damaged)
@@ -158,10 +164,11 @@ def read_index(folder: Path) -> list[Row]:
         rows = [Row(**row) for row in pyarrow.parquet.read_table(path).to_pylist()]
     except (pyarrow.ArrowException, OSError, TypeError) as error:
         raise ValueError(f"encoded: {path} must be an index written by `opensora encode`: {error}") from error
-    shards = {row.shard for row in rows}
-    # Of a shard that was written anew elsewhere, the index does not know.
-    damaged = {shard: reason for shard, reason in read_parts(folder).damaged.items() if shard in shards}
-    damaged |= {shard: "is missing" for shard in shards if not (folder / "shards" / shard).exists()}
+    faults = {
+        shard: _fault(folder / "shards" / shard, size)
+        for shard, size in {row.shard: row.shard_bytes for row in rows}.items()
+    }
+    damaged = {shard: reason for shard, reason in faults.items() if reason is not None}
     if damaged:
         named = "; ".join(f"{shard} {reason}" for shard, reason in sorted(damaged.items())[:5])
         raise ValueError(
@@ -188,9 +195,11 @@ class ShardWriter:
     _bytes: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("shards", "parts"):  # of a process that was killed while it wrote
-            for leftover in (self.folder / name).glob(f".{self.rank:04d}-*.writing"):
-                leftover.unlink(missing_ok=True)
+        """Remove what a process of this rank left that was killed while it wrote, unless one still runs."""
+        parts = {path.stem for path in (self.folder / "parts").glob("*.json")}
+        for path in [*self.folder.glob(f"*/.{self.rank:04d}-*"), *self.folder.glob(f"shards/{self.rank:04d}-*")]:
+            if path.stem not in parts and time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
+                path.unlink(missing_ok=True)
 
     def add(self, row: Row, tensors: Mapping[str, Tensor]) -> None:
         """`tensors` may hold names that the shard has already: they are of a text that two clips share."""
@@ -198,7 +207,7 @@ class ShardWriter:
             if name not in self._tensors:
                 self._tensors[name] = tensor.contiguous()
                 self._bytes += tensor.numel() * tensor.element_size()
-        self._rows.append({name: value for name, value in vars(row).items() if name != "shard"})
+        self._rows.append({name: value for name, value in vars(row).items() if not name.startswith("shard")})
         if self._bytes >= self.max_bytes:
             self.flush()
 
@@ -224,8 +233,9 @@ class ShardWriter:
         self._rows, self._unread, self._tensors, self._bytes = [], [], {}, 0
 
     def _next_name(self) -> str:
-        numbers = [int(path.stem.partition("-")[2]) for path in (self.folder / "parts").glob(f"{self.rank:04d}-*.json")]
-        return f"{self.rank:04d}-{max(numbers, default=-1) + 1:05d}"
+        numbers = [int(path.stem.split("-")[1]) for path in (self.folder / "parts").glob(f"{self.rank:04d}-*.json")]
+        # The last part is for two processes of one rank, started by mistake: neither writes over the other's shards.
+        return f"{self.rank:04d}-{max(numbers, default=-1) + 1:05d}-{uuid.uuid4().hex[:6]}"
 
 
 @contextmanager

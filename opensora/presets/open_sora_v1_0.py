@@ -82,6 +82,8 @@ def training(stage: str = "stage1") -> TrainConfig:
             frame_interval=3,
             batch_size=4 if stage == "stage3" else 8,
             num_workers=4,
+            fit="center",
+            flip=True,
         ),
         optimizer=OptimizerConfig(lr=2e-5, eps=1e-8, ema_decay=0.9999),
         run=RunConfig(

@@ -75,7 +75,7 @@ def training(stage: str = "stage1") -> TrainConfig:
         scheduler=IDDPMConfig(
             num_sampling_steps=100, cfg_scale=7.0, cfg_channel=3, is_speed_weighted=stage == "images"
         ),
-        data=DataConfig(buckets=BUCKETS_V1_1[stage], frame_interval=3, num_workers=8),
+        data=DataConfig(buckets=BUCKETS_V1_1[stage], frame_interval=3, file_fps=True, num_workers=8),
         optimizer=OptimizerConfig(lr=2e-5, eps=1e-8, ema_decay=0.0),
         run=RunConfig(
             output=_output(stage), steps=_STEPS[stage], checkpoint_every=500, grad_checkpoint=stage != "stage1"

@@ -27,7 +27,6 @@ VAE = "hpcai-tech/OpenSora-VAE-v1.2"
 TRANSFORMER = "hpcai-tech/OpenSora-STDiT-v3"
 IMAGE_MODEL = "PixArt-alpha/PixArt-Sigma:PixArt-Sigma-XL-2-2K-MS.pth"
 IMAGE_VAE = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers:vae"
-IMAGE_VAE = "PixArt-alpha/pixart_sigma_sdxlvae_T5_ldm:vae"
 TEXT_ENCODER = "DeepFloyd/t5-v1_1-xxl"
 
 

@@ -173,10 +173,10 @@ def _root(count: float) -> int:
 
 
 def _optimizer(config: OptimizerConfig) -> OptimizerConfig:
-    """Twenty times the rate, for a few hundred steps must show what hundreds of thousands would."""
+    """Up to twenty times the rate: a few hundred steps must show what hundreds of thousands would."""
     return replace(
         config,
-        lr=min(20 * config.lr, 2e-3),
+        lr=min(20 * config.lr, 1e-3),
         warmup_steps=config.warmup_steps // 100,
         ema_decay=min(config.ema_decay, 0.9),
     )
@@ -212,12 +212,14 @@ def _sample(config: SampleConfig, data: DataConfig, whole_chunks: bool) -> Sampl
 
 
 def _tiny_vae_training(config: TrainVAEConfig) -> TrainVAEConfig:
-    """The stacked VAE goes on from the embedded model's, so that a frozen 2-D half is one that was trained; those of
-    Open-Sora-Plan begin from nothing unless told where. LPIPS is left out: its weights are not at hand everywhere."""
-    changes: dict[str, Any] = {"vae": tiny.vae(), "initial_vae": str(tiny.ASSETS / "vae"), "image_vae": None}
+    """The stacked VAE's 2-D half begins as one that was trained; those of Open-Sora-Plan begin from nothing unless told
+    where. LPIPS is left out: its weights are not at hand everywhere."""
+    # As many channels after time as before it, which a loss compares.
+    temporal = replace(tiny.vae().temporal, latent_embed_dim=tiny.FRAME_CHANNELS, embed_dim=tiny.FRAME_CHANNELS)
+    changes: dict[str, Any] = {"vae": replace(tiny.vae(), temporal=temporal), "image_vae": f"{MADE}image-vae"}
     num_frames = min(config.data.num_frames, 33)
     if isinstance(config.vae, CausalVideoVAEConfig):
-        changes = {"vae": small_causal_vae(config.vae), "initial_vae": None, "initial_log_variance": -4.0}
+        changes = {"vae": small_causal_vae(config.vae), "image_vae": None}
         num_frames = _causal_frames(num_frames)
     data = replace(_data(replace(config.data, num_frames=1), False), num_frames=num_frames)
     adversary = replace(
@@ -234,6 +236,8 @@ def _tiny_vae_training(config: TrainVAEConfig) -> TrainVAEConfig:
         run=_run(config.run),
         loss=replace(config.loss, perceptual_weight=0.0, perceptual_path=None),
         adversary=adversary,
+        initial_vae=None,
+        initial_log_variance=-4.0,
         num_statistics_clips=8,
         num_validation_clips=4,
         **changes,

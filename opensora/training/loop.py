@@ -297,7 +297,7 @@ class _Loop:
         return self.checkpoints.latest() or "none"
 
     def _lost_touch(self, error: Exception) -> str:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
         return (
             f"training: rank {self.context.rank} of {self.context.world_size} lost touch with another rank after step "
             f"{self.step}: {reason}; last good checkpoint: {self._last_good()}, from which --resume goes on"

@@ -29,6 +29,10 @@ class TrainedWeights:
     def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, context: ParallelContext) -> None:
         self.modules = dict(modules)
         self.context = context
+        for module in modules.values():
+            for part in module.modules():
+                if isinstance(part, FSDPModule):  # a forward pass without a backward one has left it whole
+                    part.reshard()
         named = [(f"{m}.{n}", p) for m, module in modules.items() for n, p in module.named_parameters()]
         self.names = [name for name, parameter in named if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named if parameter.requires_grad]

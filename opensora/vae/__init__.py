@@ -7,12 +7,10 @@ from opensora.vae.distributions import DiagonalGaussian, DrawNoise
 from opensora.vae.frame_vae import FrameVAE
 from opensora.vae.losses import VAELoss, VAELossOutput
 from opensora.vae.output import VAEOutput
-from opensora.vae.perceptual import LPIPS
 from opensora.vae.temporal import TemporalVAE
 from opensora.vae.video_vae import VideoVAE
 
 __all__ = [
-    "LPIPS",
     "CausalVideoVAE",
     "DiagonalGaussian",
     "DiscriminatorKind",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams
 
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
 flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
@@ -56,10 +57,10 @@ def why_not_flash(q: Tensor, k: Tensor, key_lengths: Tensor | None) -> str | Non
         return f"flash attention takes bf16 and fp16, got {q.dtype}"
     if key_lengths is not None:
         return "flash attention takes no lengths of keys"
-    if not (q.numel() and k.numel()):
-        return "flash attention takes no empty tensors"
-    if q.shape[-1] % 8 or q.shape[-1] > 256:
-        return f"flash attention takes heads of a multiple of 8 elements, up to 256, got {q.shape[-1]}"
+    if q.shape[-1] % 8:  # PyTorch pads them, but above the operator that gives the lse
+        return f"flash attention takes heads of a multiple of 8 elements, got {q.shape[-1]}"
+    if not torch.backends.cuda.can_use_flash_attention(SDPAParams(q, k, k, None, 0.0, False, False)):
+        return f"PyTorch has no flash attention for this device or shape, {q.device} and {tuple(q.shape)}"
     return None
 
 

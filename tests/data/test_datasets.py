@@ -12,6 +12,7 @@ from opensora.config import DataConfig
 from opensora.data.datasets import MAX_REPLACEMENTS, ClipDataset
 from opensora.data.loader import collate, make_loader
 from opensora.data.manifest import read_manifest
+from opensora.data.prefetch import Prefetcher
 from opensora.data.reading import VideoError, read_frames
 from opensora.data.samplers import ClipRequest
 from opensora.data.shapes import generate
@@ -146,6 +147,22 @@ def test_scores_of_the_manifest_come_with_the_clip(folder, tmp_path):
     assert scores == {"a": (5.5, -0.25, "pan left"), "b": (None, None, None)}
 
 
+def test_clips_may_be_mirrored_and_keep_the_rate_of_their_file(manifest):
+    options = {"num_frames": 3, "frame_interval": 2}
+    plain = ClipDataset(read_manifest(manifest), **options)
+    mirrored = ClipDataset(read_manifest(manifest), flip=True, file_fps=True, **options)
+    assert plain[0]["fps"] == 12.0
+    assert mirrored[0]["fps"] == 25.0
+    flipped = [
+        torch.equal(mirrored[epoch, row]["video"], plain[epoch, row]["video"].flip(-1))
+        for epoch in range(2)
+        for row in range(NUM_CLIPS)
+    ]
+    same = [torch.equal(mirrored[0, row]["video"], plain[0, row]["video"]) for row in range(NUM_CLIPS)]
+    assert 4 < sum(flipped) < 18
+    assert all(a != b for a, b in zip(same, flipped, strict=False))
+
+
 def test_clips_without_a_caption_are_skipped_counted_and_named_unless_kept(folder, caplog):
     rows = rows_of(range(4))
     for number, text in ((1, ""), (3, "   ")):
@@ -206,6 +223,17 @@ def test_a_resumed_loader_gives_the_batches_of_an_unbroken_one(manifest_with_bad
     assert second.state_dict() == state
     for expected, actual in zip(unbroken[stop:], second.forever(), strict=False):
         assert same(expected, actual)
+
+
+def test_reading_ahead_changes_neither_batches_nor_position(manifest):
+    config = DataConfig(manifest=manifest, num_frames=4, image_size=(8, 8), batch_size=3, num_workers=1)
+    _, unbroken = batches_of(replace(config, num_workers=0), 10)
+    first = Prefetcher(make_loader(config))
+    assert all(same(a, b) for a, b in zip(unbroken[:4], first, strict=False))
+    assert first.state_dict() == {"seed": 42, "epoch": 1, "last_micro_batch_access_index": 1}
+    second = Prefetcher(make_loader(config))
+    second.load_state_dict(first.state_dict())
+    assert all(same(a, b) for a, b in zip(unbroken[4:], second, strict=False))
 
 
 def test_a_loop_left_early_goes_on_where_it_was_left(manifest):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_an_error_is_raised_in_its_turn_and_again():
         with pytest.raises(OSError, match="batch 2 cannot be read"):
             next(prefetcher)
     assert prefetcher.state_dict() == {"number": 2}
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    assert not threads()
 
 
 def test_waiting_is_measured_and_disappears_where_steps_take_longer():
@@ -86,6 +87,59 @@ def test_waiting_is_measured_and_disappears_where_steps_take_longer():
         next(prefetcher)
     assert prefetcher.total_data_seconds - waited < 0.1  # without reading ahead, 0.15
     prefetcher.close()
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_a_forgotten_prefetcher_ends_its_thread():
+    prefetcher = Prefetcher(Counting())
+    next(prefetcher)
+    assert threads()
+    del prefetcher
+    assert not threads()
+
+
+class FakeAccelerator:
+    """In place of torch.cuda: notes what is asked of streams and events."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def Stream(self, device: torch.device) -> FakeAccelerator:
+        return self
+
+    def Event(self) -> FakeAccelerator:
+        return self
+
+    def current_stream(self, device: torch.device) -> FakeAccelerator:
+        return self
+
+    @contextmanager
+    def stream(self, stream: FakeAccelerator) -> Iterator[None]:
+        self.calls.append("copy")
+        yield
+
+    def record(self, stream: FakeAccelerator) -> None:
+        self.calls.append("record")
+
+    def wait_event(self, event: FakeAccelerator) -> None:
+        self.calls.append("wait")
+
+
+def test_an_accelerator_copies_on_a_stream_of_its_own_and_the_step_waits_for_the_copy(monkeypatch):
+    device, kept = FakeAccelerator(), []
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    monkeypatch.setattr("opensora.data.prefetch._pinned", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor))
+    prefetcher = Prefetcher(Counting(last=1), "meta")
+    batch = next(prefetcher)
+    assert (batch["x"].device.type, batch["pair"][0].device.type, batch["text"]) == ("meta", "meta", ["0"])
+    assert device.calls == ["copy", "record", "wait"]
+    assert [tensor is other for tensor, other in zip(kept, (batch["x"], batch["pair"][0]), strict=True)] == [True, True]
+    with pytest.raises(OSError, match="cannot be read"):
+        next(prefetcher)
 
 
 def test_what_is_no_tensor_stays_as_it_is():

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from opensora.perceptual import LPIPS, Backbone
 from opensora.vae import DiagonalGaussian, PatchDiscriminator
 from opensora.vae.adversarial import DiscriminatorLoss, GeneratorLoss, adaptive_weight, at_reconstruction
 from opensora.vae.losses import kl_loss, reconstruction_loss
-from opensora.vae.perceptual import LPIPS
 from tests.oracles.registry import Case, Check, adapter
 
 RELATIVE_LIMIT = 2e-5
@@ -119,10 +119,10 @@ def _discriminator_checks(
     yield _check(f"{prefix}grad_main0", gradient, case.outputs, GRADIENT_LIMIT)
 
 
-def seeded_lpips(seed: int = 4321) -> LPIPS:
+def seeded_lpips(seed: int = 4321, backbone: Backbone = "vgg") -> LPIPS:
     """LPIPS with weights from a generator, in the order of its state: those of the recorded answers."""
     generator = torch.Generator().manual_seed(seed)
-    distance = LPIPS()
+    distance = LPIPS(backbone)
     for name, tensor in distance.state_dict().items():
         if name.startswith("scaling_layer"):
             continue

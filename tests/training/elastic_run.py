@@ -20,7 +20,7 @@ def main() -> None:
     context = ParallelContext.from_environment(ParallelConfig(timeout=60.0), "cpu")
 
     def die(step: int) -> None:
-        if step == 4 and context.rank == 1 and context.num_restarts == 0:
+        if step == 3 and context.rank == 1 and context.num_restarts == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     train_flow(

@@ -22,11 +22,12 @@ from opensora.schedulers.rectified_flow import RectifiedFlow
 from opensora.training import Adversary, Job, ShuffledBatches, TrainingResult, prepare_process, run_job
 
 MODEL = STDiT3Config(
-    input_sq_size=16, hidden_size=12, depth=2, num_heads=2, caption_channels=6, model_max_length=4,
+    input_sq_size=16, hidden_size=12, depth=1, num_heads=2, caption_channels=6, model_max_length=4,
     class_dropout_prob=0.3, freeze_y_embedder=False,
 )  # fmt: skip
 # eps: Adam's first steps are lr * sign(gradient), which a gradient of rounding errors alone must not decide.
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4, ema_decay=0.9, grad_clip=0.5, weight_decay=0.01)
+NUM_STEPS = 4
 NUM_SAMPLES = 20
 BATCH_SIZE = 1
 
@@ -44,8 +45,8 @@ def train_flow(
     validate: Callable[[STDiT3, int], Mapping[str, float]] | None = None,
     **run_options: Any,
 ) -> TrainingResult:
-    """Trains for `steps` (default 6); `before_loss`, called with the batch's step, may scale the loss."""
-    options = {"steps": 6, "dtype": "fp32", "device": "cpu", "log_every": 1, "checkpoint_every": 3}
+    """Trains for NUM_STEPS unless told otherwise; `before_loss`, called with the batch's step, may scale the loss."""
+    options = {"steps": NUM_STEPS, "dtype": "fp32", "device": "cpu", "log_every": 1, "checkpoint_every": 2}
     run = RunConfig(output=str(output), tensorboard=False, **(options | run_options))
     prepare_process(run)
     model = STDiT3(MODEL)
@@ -74,7 +75,8 @@ def train_flow(
 
     def loss(batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         factor = before_loss(batch["step"]) if before_loss is not None else None
-        error = flow.training_losses(model, batch["latents"], sizes | {"y": batch["y"]}).mean()
+        arguments = sizes | {"y": batch["y"], "sequence": context.sequence}
+        error = flow.training_losses(model, batch["latents"], arguments).mean()
         return error * (1.0 if factor is None else factor), {"twice": 2 * error}
 
     def export(folder: Path, states: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.sequence_parallel.worlds import PASSED, run
-from tests.training import rank_checks
+from tests.training import rank_checks, recipe_rank_checks
 
 ROOT = Path(__file__).parents[2]
 CHECKS = [(4, check.__name__) for check in rank_checks.IN_FOUR] + [(2, check.__name__) for check in rank_checks.IN_TWO]
@@ -21,6 +21,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, li
     """{number of ranks: {check: outcome on each rank}}; the world of two goes on from a run of the world of four."""
     four, two = (tmp_path_factory.mktemp(name) for name in ("four", "two"))
     rank_checks.whole_run(four)
+    recipe_rank_checks.whole_runs(four)
     found = {4: run(4, rank_checks.IN_FOUR, four)}
     shutil.copytree(four / "whole", two / "whole")
     shutil.copytree(four / "half", two / "half")
@@ -33,13 +34,6 @@ def test_on_every_rank(outcomes: dict[int, dict[str, list[str]]], num_ranks: int
     if name == rank_checks.a_killed_rank_ends_the_others_with_an_error.__name__:
         assert found.pop() == "no word from this rank"
     assert found == [PASSED] * len(found), "\n".join(found)
-
-
-def test_the_killed_world_left_whole_checkpoints_alone(
-    outcomes: dict[int, dict[str, list[str]]], tmp_path_factory: pytest.TempPathFactory
-):
-    folder: Path = next(tmp_path_factory.getbasetemp().glob("four*")) / "killed" / "checkpoints"
-    assert [path.name for path in folder.glob("step-*")][-1:] in (["step-00000004"], ["step-00000002"])
 
 
 def test_torchrun_restarts_a_run_that_lost_a_rank_and_nothing_is_lost(

@@ -12,29 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from opensora import presets, vae_trainer
 from opensora.checkpoints import load_model, save_model
-from opensora.config import AdversaryConfig, CausalVideoVAEConfig, VAEConfig, VAELossConfig
-from opensora.presets import open_sora_plan_v1_1
+from opensora.config import AdversaryConfig, CausalVideoVAEConfig, ParallelConfig, VAEConfig, VAELossConfig
 from opensora.presets.scaling import scaled
 from opensora.training.records import read_losses
 from opensora.vae import CausalVideoVAE, VideoVAE
 from tests.oracles.adversarial import seeded_lpips
-from tests.training.small_models import VAE, train_small, vae_config, write_clips
+from tests.training.small_models import CAUSAL_VAE, VAE, train_small, vae_config, write_clips
 
-# Time and space halved once, 0.2 M parameters.
-CAUSAL = replace(
-    open_sora_plan_v1_1.vae(),
-    hidden_size=32,
-    hidden_size_mult=(1, 1),
-    num_res_blocks=1,
-    encoder_resnet_blocks=("ResnetBlock2D", "ResnetBlock3D"),
-    encoder_spatial_downsample=("Downsample", ""),
-    encoder_temporal_downsample=("TimeDownsampleRes2x", ""),
-    decoder_resnet_blocks=("ResnetBlock3D",) * 2,
-    decoder_spatial_upsample=("", "SpatialUpsample2x"),
-    decoder_temporal_upsample=("", "TimeUpsampleRes2x"),
-)
-VAES = {"stacked": VAE, "causal": CAUSAL}
+VAES = {"stacked": VAE, "causal": CAUSAL_VAE}
 # From the second step on: its counter is at 2 then for the VAE.
+SHARP = ("sharpness", "psnr")
 GAN = AdversaryConfig(kind="2d", start=2, channels=4, num_layers=1)
 
 
@@ -61,7 +48,7 @@ def test_training_against_a_discriminator_resumes_as_if_unbroken(folder: Path, t
     adversary = replace(GAN, kind="3d") if kind == "causal" else GAN
     changes = {"vae": VAES[kind], "adversary": adversary, "initial_log_variance": -4.0}
     for output, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
-        run = run_of(folder, tmp_path / output, steps=steps, dtype=dtype)
+        run = run_of(folder, tmp_path / output, steps=steps, dtype=dtype, grad_checkpoint=kind == "stacked")
         train_small("vae", folder, tmp_path / output, run=run, resume=(output, steps) == ("parts", 4), **changes)
     whole, parts = (read_losses(tmp_path / output) for output in ("whole", "parts"))
     names = ("step", "loss", "reconstruction", "adversarial", "logits_real", "logits_fake")
@@ -86,7 +73,7 @@ def test_the_vae_is_the_same_with_a_discriminator_until_that_comes_in(folder: Pa
 
 def test_a_causal_vae_starts_from_an_image_vae_and_given_shares(folder: Path, tmp_path: Path):
     torch.manual_seed(0)
-    vae = CausalVideoVAE(CAUSAL)
+    vae = CausalVideoVAE(CAUSAL_VAE)
     weights = {}  # those of a 2-D VAE: a causal kernel has `conv` in its name and a last frame
     for name, tensor in vae.state_dict().items():
         *parents, _, leaf = name.split(".")
@@ -96,7 +83,7 @@ def test_a_causal_vae_starts_from_an_image_vae_and_given_shares(folder: Path, tm
             weights[f"first_stage_model.{name}"] = (tensor[:, :, -1] if tensor.dim() == 5 else tensor).contiguous()
     save_file(weights, tmp_path / "image.safetensors")
     config = replace(
-        vae_config(folder, tmp_path), vae=CAUSAL, image_vae=str(tmp_path / "image.safetensors"), mix_factor=0.5
+        vae_config(folder, tmp_path), vae=CAUSAL_VAE, image_vae=str(tmp_path / "image.safetensors"), mix_factor=0.5
     )
     built = vae_trainer._build(config, torch.device("cpu"))
     kernel = built.decoder.conv_out.conv.weight
@@ -121,7 +108,7 @@ def test_lpips_from_a_file_is_part_of_the_loss(folder: Path, tmp_path: Path):
     for name, weight in (("without", 0.0), ("with", 0.5)):
         loss = VAELossConfig(perceptual_weight=weight, perceptual_path=str(tmp_path / "lpips.safetensors"))
         run = run_of(folder, tmp_path / name, steps=1)
-        train_small("vae", folder, tmp_path / name, vae=CAUSAL, loss=loss, run=run)
+        train_small("vae", folder, tmp_path / name, vae=CAUSAL_VAE, loss=loss, run=run)
         rows.append(float(read_losses(tmp_path / name)[0]["reconstruction"]))
     assert rows[1] > rows[0] + 1
 
@@ -130,7 +117,7 @@ def test_heldout_clips_are_scored_and_shown(folder: Path, tmp_path: Path):
     config = vae_config(folder, tmp_path)
     data = replace(config.data, validation=config.data.manifest)
     run = run_of(folder, tmp_path, steps=2, sample_every=2, validate_every=1)
-    train_small("vae", folder, tmp_path, vae=CAUSAL, data=data, run=run)
+    train_small("vae", folder, tmp_path, vae=CAUSAL_VAE, data=data, run=run)
     assert (tmp_path / "samples" / "heldout-00000002.png").exists()
 
 
@@ -142,9 +129,38 @@ def test_sharpness_is_the_share_of_gradient_energy_that_is_left():
     assert halved[2].item() == pytest.approx(0.25, abs=0.01)
 
 
+def test_a_discriminator_makes_reconstructions_sharper_at_the_same_psnr(folder: Path, tmp_path: Path, monkeypatch):
+    found: dict[str, dict[str, float]] = {}
+    measure = vae_trainer._VAETask.validate
+
+    def remember(task, step: int) -> dict[str, float]:
+        return found.setdefault(Path(task.config.run.output).name, measure(task, step))
+
+    monkeypatch.setattr(vae_trainer._VAETask, "validate", remember)
+    config = vae_config(folder, tmp_path)
+    optimizer = replace(config.optimizer, lr=2e-3, betas=(0.5, 0.9), accumulation_steps=1)
+    common = {
+        "vae": replace(CAUSAL_VAE, z_channels=1, embed_dim=1),  # so few latents that details are lost
+        "data": replace(config.data, validation=config.data.manifest, batch_size=3, cache_in_memory=True),
+        "optimizer": optimizer,
+        "mixed": "none",
+    }
+    gan = AdversaryConfig("2d", start=0, weight=0.25, channels=16, num_layers=1, optimizer=replace(optimizer, lr=1e-3))
+    first = run_of(folder, tmp_path / "first", steps=60)
+    result = train_small("vae", folder, tmp_path / "first", run=first, initial_log_variance=-4.0, **common)
+    for name, adversary in (("without", AdversaryConfig()), ("with", gan)):
+        run = run_of(folder, tmp_path / name, steps=40, validate_every=40, log_every=40)
+        initial = str(result.model / "vae")
+        train_small("vae", folder, tmp_path / name, run=run, initial_vae=initial, adversary=adversary, **common)
+    # measured on one core: sharpness 0.27 against 0.13, PSNR 16.6 dB against 16.5
+    sharpness, psnr = ([found[name][f"validation/{score}"] for name in ("with", "without")] for score in SHARP)
+    assert sharpness[0] > 1.4 * sharpness[1]
+    assert abs(psnr[0] - psnr[1]) < 1
+
+
 def test_random_lengths_of_a_causal_vae_are_those_it_takes():
-    config = replace(vae_config(Path(), Path()), vae=CAUSAL, mixed="random")
-    vae, x = CausalVideoVAE(CAUSAL), torch.zeros(1, 3, 7, 2, 2)
+    config = replace(vae_config(Path(), Path()), vae=CAUSAL_VAE, mixed="random")
+    vae, x = CausalVideoVAE(CAUSAL_VAE), torch.zeros(1, 3, 7, 2, 2)
     torch.manual_seed(0)
     assert {vae_trainer._mixed(x, config, vae).shape[2] for _ in range(60)} == {1, 3, 5, 7}
 
@@ -169,6 +185,7 @@ def test_random_lengths_of_a_causal_vae_are_those_it_takes():
             r"use_z_rec_loss must be false for a Causal",
         ),
         ("causal", {"freeze_spatial": True}, r"freeze_spatial must be false for a CausalVideoVAE"),
+        ("causal", {"parallel": ParallelConfig(ulysses=2)}, r"a VAE has no tokens to cut, got 2 and 1"),
         ("stacked", {"mix_factor": 0.5}, r"mix_factor must be none unless"),
         ("stacked", {"freeze_spatial": True}, r"freeze_spatial needs initial_vae or image_vae"),
         ("causal", {"initial_vae": "a", "image_vae": "b"}, r"from initial_vae or from image_vae, got both"),
@@ -217,11 +234,11 @@ def _structure(config: VAEConfig) -> object:
 
 
 def test_a_trained_causal_vae_loads_and_keeps_its_scale(folder: Path, tmp_path: Path):
-    save_model(tmp_path / "first", CausalVideoVAE(CAUSAL), CAUSAL)
-    changes = {"vae": CAUSAL, "initial_vae": str(tmp_path / "first"), "freeze_encoder": True}
+    save_model(tmp_path / "first", CausalVideoVAE(CAUSAL_VAE), CAUSAL_VAE)
+    changes = {"vae": CAUSAL_VAE, "initial_vae": str(tmp_path / "first"), "freeze_encoder": True}
     result = train_small("vae", folder, tmp_path, run=run_of(folder, tmp_path, steps=2), **changes)
     vae = load_model(result.model / "vae", CausalVideoVAE, CausalVideoVAEConfig)
-    assert vae.config == CAUSAL
+    assert vae.config == CAUSAL_VAE
     before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "first", result.model / "vae"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora.vae import LPIPS
+from opensora.perceptual import LPIPS, Backbone
 from tests.oracles.adversarial import seeded_lpips
 
 
@@ -37,8 +37,9 @@ def test_gradients_reach_the_frames_alone_and_are_finite_where_nothing_responds(
     assert all(parameter.grad is None for parameter in lpips.parameters())
 
 
-def test_weights_come_under_any_of_the_names_in_use(lpips: LPIPS):
-    own = lpips.state_dict()
+@pytest.mark.parametrize(("backbone", "last"), [("vgg", "features.28.bias"), ("alex", "features.10.bias")])
+def test_weights_come_under_any_of_the_names_in_use(backbone: Backbone, last: str):
+    own = seeded_lpips(backbone=backbone).state_dict()
     upstream = {f"loss.perceptual_loss.{name}": tensor for name, tensor in own.items()}
     upstream |= {"loss.discriminator.main.0.weight": torch.zeros(1), "encoder.conv_in.weight": torch.zeros(1)}
     torchvision = {"classifier.0.weight": torch.zeros(1)}
@@ -47,15 +48,15 @@ def test_weights_come_under_any_of_the_names_in_use(lpips: LPIPS):
             torchvision[f"features.{'.'.join(name.split('.')[2:])}"] = tensor
         elif name.startswith("lin"):
             torchvision[name] = tensor
-    assert "features.28.bias" in torchvision
+    assert last in torchvision
     for weights in (own, upstream, torchvision):
-        loaded = LPIPS.from_weights(weights, source="file").state_dict()
+        loaded = LPIPS.from_weights(weights, source="file", backbone=backbone).state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in own.items())
 
 
 def test_a_file_that_lacks_weights_is_refused_by_its_name(lpips: LPIPS):
     only_vgg = {name: tensor for name, tensor in lpips.state_dict().items() if not name.startswith("lin")}
-    with pytest.raises(ValueError, match=r"vgg\.pth must hold VGG16's features .* has no lin0\.model\.1\.weight; no"):
+    with pytest.raises(ValueError, match=r"vgg\.pth must hold the features of VGG16 .* no lin0\.model\.1\.weight; no"):
         LPIPS.from_weights(only_vgg, source="vgg.pth")
     other = lpips.state_dict() | {"lin0.model.1.weight": torch.zeros(1, 3, 1, 1)}
     with pytest.raises(ValueError, match=r"weight of shape \(1, 3, 1, 1\) instead of \(1, 64, 1, 1\)"):
