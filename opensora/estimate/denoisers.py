@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.config import LatteT2VConfig, STDiT2Config, STDiT3Config, STDiTConfig, TransformerConfig
-from opensora.estimate.paper import StepMemory, on_paper, peak_bytes, step_memory
+from opensora.estimate.paper import LiveBytes, StepMemory, on_paper, peak_bytes, step_memory
 from opensora.loading import MODEL_OF
 from opensora.training.flops import count_flops
 from opensora_kernels import meta_as
@@ -159,5 +159,5 @@ def _built(denoiser: Denoiser, depth: int, num_frames: int) -> nn.Module:
 @cache
 def _flops(denoiser: Denoiser, clip: LatentClip, depth: int) -> int:
     model, arguments = _built(denoiser, depth, clip.size[0]).eval(), denoiser._arguments(clip)
-    with torch.no_grad(), meta_as(denoiser.device_type):
+    with torch.no_grad(), meta_as(denoiser.device_type), LiveBytes():  # which knows repeated operators
         return count_flops(lambda: denoiser._evaluate(model, clip, arguments))

@@ -56,8 +56,7 @@ def training_memory(denoiser: Denoiser, clip: LatentClip, checkpointing: Checkpo
 def forward_flops(denoiser: Denoiser, clip: LatentClip) -> int:
     """`Denoiser.flops`, from a fit."""
     grid = denoiser.grid(clip)
-    one, two = (_flops_fit(denoiser, _is_image(denoiser, grid), text)(1, *grid) for text in (1, 2))
-    return clip.batch * (one + (two - one) * (clip.num_text_tokens - 1))
+    return clip.batch * _flops_fit(denoiser, _is_image(denoiser, grid), clip.num_text_tokens)(1, *grid)
 
 
 def _is_image(denoiser: Denoiser, grid: tuple[int, int]) -> bool:

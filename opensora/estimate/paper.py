@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         self._meet((args, kwargs), is_new=False)
-        results = func(*args, **(kwargs or {}))
+        results = _results(func, args, kwargs or {})
         self._meet(results, is_new=True)
         self.peak = max(self.peak, self.live)
         return results
@@ -114,6 +115,57 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
         self.live -= num_bytes
+
+
+def _results(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """func(*args, **kwargs); for meta tensors whose like it has had before, new ones like the results it gave then.
+
+    The rules of shapes are Python, and those of our operators run a whole reference: blocks repeat, and so do frames.
+    """
+    if not _makes_new_tensors(func):
+        return func(*args, **kwargs)
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors or not all(tensor.is_meta for tensor in tensors):
+        return func(*args, **kwargs)
+    key = (func, structure, tuple(_Like.of(leaf) for leaf in leaves))
+    try:
+        known = _seen.get(key)
+    except TypeError:  # an argument that has no hash
+        return func(*args, **kwargs)
+    if known is None:
+        results = func(*args, **kwargs)
+        _seen[key] = pytree.tree_map_only(Tensor, _Like.of, results)
+        return results
+    return pytree.tree_map_only(_Like, _Like.empty, known)
+
+
+@cache
+def _makes_new_tensors(func: Any) -> bool:
+    """Whether the schema says that no argument is written to or shared with a result."""
+    schema = func._schema
+    return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
+
+
+@dataclass(frozen=True)
+class _Like:
+    """A tensor's size in memory and the rest that shapes depend on."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return (type(leaf), leaf) if isinstance(leaf, (bool, int, float)) else leaf  # 1, 1.0 and True are equal
+        return _Like(tuple(leaf.shape), leaf.stride(), leaf.dtype)
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+_seen: dict[Any, Any] = {}
 
 
 class _Accelerator(TorchFunctionMode):

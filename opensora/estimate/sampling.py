@@ -8,7 +8,6 @@ from functools import cached_property
 
 from opensora.config import LatteT2VConfig, Preset
 from opensora.estimate.denoisers import Denoiser, LatentClip
-from opensora.estimate.fits import forward_flops
 from opensora.estimate.paper import Affine
 from opensora.estimate.placement import Hardware, SequenceDegree, exchange_bytes, largest, sequence_degree, shard_of
 from opensora.estimate.texts import build_text_encoder, text_peak
@@ -110,7 +109,7 @@ class SamplingOnPaper:
 
     def _denoising(self, size: Size, weights: int) -> Stage:
         num_steps = self._num_steps
-        flops = num_steps * forward_flops(self._denoiser, self._latents(size))
+        flops = num_steps * self._denoiser.flops(self._latents(size))
         how = f"{num_steps} steps with guidance"
         if self.degree.ranks > 1:
             how += f", ulysses x ring {self.degree}"

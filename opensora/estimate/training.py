@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 
 from torch import nn
 
@@ -11,13 +13,14 @@ from opensora.config import Preset, TrainConfig
 from opensora.data.aspect_ratios import closest_aspect_key, get_resolution
 from opensora.estimate.denoisers import Checkpointing, Denoiser, LatentClip
 from opensora.estimate.fits import forward_flops, training_memory
-from opensora.estimate.paper import Affine
+from opensora.estimate.paper import Affine, StepMemory
 from opensora.estimate.placement import Hardware, SequenceDegree, exchange_bytes, largest, sequence_degree, shard_of
 from opensora.estimate.texts import build_text_encoder, text_peak
 from opensora.estimate.vaes import Size, VAEOnPaper, vae_on_paper
 from opensora.estimate.weights import WeightMemory, frozen_bytes, weight_memory
 from opensora.parallel import DTYPES
 from opensora.training.flops import FORWARD_AND_BACKWARD
+from opensora.vae import VAETiling
 
 _MOST_CLIPS = 4096
 
@@ -102,6 +105,8 @@ class TrainingOnPaper:
             itemsize=self._dtype.itemsize,
         )
         encoders = self._encoders()
+        # One clip is run on paper itself, many are taken from a fit.
+        self._forward_flops = self._denoiser.flops if len(clips) == 1 else partial(forward_flops, self._denoiser)
         rows = [self._bucket(clip, degree, checkpointing, weights, encoders) for clip in clips]
         return TrainingEstimate(self.preset.name, self.hardware, degree, checkpointing, weights, encoders, rows)
 
@@ -121,13 +126,14 @@ class TrainingOnPaper:
             training = weights.unsharded + activations(batch)
             return self.hardware.reserved + states + encoders + max(training, self._encoding(clip.size, batch))
 
-        forward = clip.batch * forward_flops(self._denoiser, latents) / degree.ranks
-        encoding = clip.batch * self._vae.flops("encode", clip.size) / degree.ranks if self.has_encoders else 0
-        flops = FORWARD_AND_BACKWARD * forward + encoding
+        parts = self._parts(latents)
+        forward = clip.batch * sum(self._forward_flops(part) for part in parts) / degree.ranks
+        # The ranks of a sequence encode the same clips, each all of them.
+        flops = FORWARD_AND_BACKWARD * forward + clip.batch * self._encoding_flops(clip.size)
         recomputed = forward if checkpointing == "full" else 0
         return BucketMemory(
             clip,
-            self._denoiser.num_tokens(replace(latents, batch=clip.batch)) // degree.ranks,
+            clip.batch * sum(self._denoiser.num_tokens(part) for part in parts) // degree.ranks,
             kept(clip.batch),
             peak(clip.batch),
             peak(clip.batch) <= self.hardware.memory,
@@ -142,12 +148,27 @@ class TrainingOnPaper:
         length = self.config.transformer.model_max_length
         return LatentClip(1, latent_size, length, size[1:], has_frame_mask=bool(self.config.mask_ratios))
 
+    def _parts(self, clip: LatentClip) -> list[LatentClip]:
+        """A clip, and the images beside it as clips of one frame."""
+        num_images = self.config.data.use_image_num
+        images = replace(clip, batch=num_images, size=(1, *clip.size[1:]))
+        return [clip, images] if num_images and clip.size[0] > 1 else [clip]
+
     def _activations(
         self, clip: LatentClip, degree: SequenceDegree, checkpointing: Checkpointing
     ) -> tuple[Affine, Affine]:
         """Peak, with the buffers of an exchange and the batch itself, and kept bytes, of a number of clips."""
-        shard = shard_of(self._denoiser, clip, degree)
-        one, two = (training_memory(self._denoiser, replace(shard, batch=batch), checkpointing) for batch in (1, 2))
+        first, *others = (shard_of(self._denoiser, part, degree) for part in self._parts(clip))
+
+        def memory(number: int) -> StepMemory:
+            """A clip's evaluation, while those of the images beside it are kept or wait to be computed."""
+            found = training_memory(self._denoiser, replace(first, batch=number), checkpointing)
+            for part in others:
+                beside = training_memory(self._denoiser, replace(part, batch=number * part.batch), checkpointing)
+                found = StepMemory(found.kept + beside.kept, found.peak + beside.kept)
+            return found
+
+        one, two = memory(1), memory(2)
         config, number = self._denoiser.config, clip.size[0] * clip.size[1] * clip.size[2]
         batch_bytes = 4 * number * config.in_channels * 3  # fp32: clean, noise, noisy
         batch_bytes += clip.num_text_tokens * config.caption_channels * self._dtype.itemsize
@@ -169,7 +190,24 @@ class TrainingOnPaper:
             return 0
         length = self.config.transformer.model_max_length
         text = text_peak(self.preset, batch, length, self._dtype)
-        return max(text, self._vae.peak("encode", size, batch))
+        if not self.config.tile_vae:
+            return max(text, self._vae.peak("encode", size, batch))
+        tiling = VAETiling()
+        tile = (min(size[0], tiling.sample_frames or size[0]), *(min(side, tiling.sample_size) for side in size[1:]))
+        pixels = 3 * batch * prod(size) * self._dtype.itemsize
+        return max(text, pixels + self._vae.peak("encode", tile, batch))
+
+    def _encoding_flops(self, size: Size) -> float:
+        """Of a clip; tiles compute twice where they overlap."""
+        if not self.has_encoders:
+            return 0.0
+        flops = float(self._vae.flops("encode", size))
+        if self.config.tile_vae:
+            tiling = VAETiling()
+            stride = int(tiling.sample_size * (1 - tiling.overlap))
+            for side in size[1:]:
+                flops *= sum(min(tiling.sample_size, side - start) for start in range(0, side, stride)) / side
+        return flops
 
     def _text_encoder(self) -> nn.Module:
         return build_text_encoder(self.preset.text_encoder)

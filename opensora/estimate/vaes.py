@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
-from opensora.config import CausalVideoVAEConfig, Preset, SpatialVAEConfig, VideoVAEConfig
+from opensora.config import CausalVideoVAEConfig, Preset, SpatialVAEConfig, VAEKind, VideoVAEConfig
 from opensora.config_files import config_from_dict
 from opensora.estimate.paper import Affine, on_paper, peak_bytes
 from opensora.presets import open_sora_plan_v1_0, open_sora_plan_v1_1
@@ -45,17 +45,22 @@ class VAEOnPaper(Protocol):
 
 
 def vae_on_paper(preset: Preset, dtype: torch.dtype = torch.bfloat16) -> VAEOnPaper:
-    """The VAE of a preset: of the config.json in its folder, else of its release."""
+    """The VAE of a preset: of the config.json in its folder, else of its release. It remembers what was measured."""
+    return _vae_on_paper(preset.vae, preset.vae_kind, preset.name, dtype)
+
+
+@cache
+def _vae_on_paper(source: str, kind: VAEKind, name: str, dtype: torch.dtype) -> VAEOnPaper:
     with torch.device("meta"):
-        if preset.vae_kind == "frames":
+        if kind == "frames":
             with torch.device("cpu"):  # its modules keep tensors
                 from diffusers import AutoencoderKL
             return FramesOnPaper(FrameVAE(AutoencoderKL(**asdict(SpatialVAEConfig()))), dtype)
-        if preset.vae_kind == "causal":
-            release = open_sora_plan_v1_0 if "v1.0" in preset.name else open_sora_plan_v1_1
-            config = _config_beside(preset.vae, CausalVideoVAEConfig) or release.vae()
+        if kind == "causal":
+            release = open_sora_plan_v1_0 if "v1.0" in name else open_sora_plan_v1_1
+            config = _config_beside(source, CausalVideoVAEConfig) or release.vae()
             return CausalOnPaper(CausalVideoVAE(config), dtype)
-        return StackedOnPaper(VideoVAE(_config_beside(preset.vae, VideoVAEConfig) or VideoVAEConfig()), dtype)
+        return StackedOnPaper(VideoVAE(_config_beside(source, VideoVAEConfig) or VideoVAEConfig()), dtype)
 
 
 def decoding_plan(vae: Any, size: Size, budget: int) -> TilePlan:
@@ -116,12 +121,12 @@ class CausalOnPaper:
 
     def __init__(self, vae: CausalVideoVAE, dtype: torch.dtype) -> None:
         self.vae, self.dtype = vae.to(dtype).eval(), dtype
-        self._known: dict[Any, int] = {}
+        self._known: dict[Any, _Cost] = {}
 
     def peak(self, direction: Direction, size: Size, batch: int = 1) -> int:
         """In proportion to the area: the scores of attention are never held."""
         num_frames, area = self._padded(size)
-        at_lengths = (self._measure(peak_bytes, direction, n, _SMALL) / _SMALL**2 for n in self._LENGTHS)
+        at_lengths = (self._measure(direction, n, _SMALL).peak / _SMALL**2 for n in self._LENGTHS)
         of_latent = Affine.through(*self._LENGTHS, *at_lengths)
         return _pixels(size, self.dtype, batch, direction) + int(
             batch * area * (of_latent.start + of_latent.slope * num_frames)
@@ -130,8 +135,8 @@ class CausalOnPaper:
     def flops(self, direction: Direction, size: Size) -> int:
         """Convolutions grow with the area, attention with its square."""
         num_frames, area = self._padded(size)
-        short, long = (self._measure(count_flops, direction, n, _SMALL) for n in self._LENGTHS)
-        larger = self._measure(count_flops, direction, self._LENGTHS[0], 2 * _SMALL)
+        short, long = (self._measure(direction, n, _SMALL).flops for n in self._LENGTHS)
+        larger = self._measure(direction, self._LENGTHS[0], 2 * _SMALL).flops
         by_length = Affine.through(*self._LENGTHS, short, long)(num_frames) / short
         return int(by_length * _with_square(short, larger, area))
 
@@ -139,8 +144,8 @@ class CausalOnPaper:
         num_frames = self.vae.padded_frames(size[0])
         return num_frames, _area(self.vae.latent_size((num_frames, *size[1:]))[1:])
 
-    def _measure(self, measure: Callable[..., int], direction: Direction, num_frames: int, side: int) -> int:
-        key = (measure, direction, num_frames, side)
+    def _measure(self, direction: Direction, num_frames: int, side: int) -> _Cost:
+        key = (direction, num_frames, side)
         if key not in self._known:
             factor = self.vae.space_factor
             if direction == "encode":
@@ -153,7 +158,7 @@ class CausalOnPaper:
                     side,
                     side,
                 )
-            self._known[key] = _run(measure, getattr(self.vae, direction), shape, self.dtype)
+            self._known[key] = _run(getattr(self.vae, direction), shape, self.dtype)
         return self._known[key]
 
 
@@ -172,18 +177,18 @@ class _Pictures:
         key = (direction, lengths)
         if key not in self._known:
             self._known[key] = Affine.through(
-                *lengths, *(self._measure(peak_bytes, direction, n, _SMALL) / _SMALL**2 for n in lengths)
+                *lengths, *(self._measure(direction, n, _SMALL).peak / _SMALL**2 for n in lengths)
             )
         of_latent, area = self._known[key], _area(self.vae.latent_size(*size[1:]))
         return int(area * (of_latent.start + of_latent.slope * num_frames))
 
     def flops(self, direction: Direction, size: Size) -> int:
         """Convolutions grow with the area, attention with its square."""
-        small, larger = (self._measure(count_flops, direction, 1, side) for side in (_SMALL, 2 * _SMALL))
+        small, larger = (self._measure(direction, 1, side).flops for side in (_SMALL, 2 * _SMALL))
         return int(size[0] * _with_square(small, larger, _area(self.vae.latent_size(*size[1:]))))
 
-    def _measure(self, measure: Callable[..., int], direction: Direction, num_frames: int, side: int) -> int:
-        key = (measure, direction, num_frames, side)
+    def _measure(self, direction: Direction, num_frames: int, side: int) -> _Cost:
+        key = (direction, num_frames, side)
         if key not in self._known:
             if direction == "encode":
                 pixels = side * self.vae.factor
@@ -192,7 +197,7 @@ class _Pictures:
             else:
                 call = self.vae.decode
                 shape = (1, self.vae.module.config.latent_channels, num_frames, side, side)
-            self._known[key] = _run(measure, call, shape, self.dtype)
+            self._known[key] = _run(call, shape, self.dtype)
         return self._known[key]
 
 
@@ -201,16 +206,16 @@ class _Chunks:
 
     def __init__(self, vae: TemporalVAE, dtype: torch.dtype) -> None:
         self.vae, self.dtype = vae, dtype
-        self._known: dict[Any, float] = {}
+        self._known: dict[Any, _Cost] = {}
 
     def peak(self, direction: Direction, num_frames: int) -> float:
-        return self._measure(peak_bytes, direction, num_frames)
+        return self._measure(direction, num_frames).peak / _SMALL**2
 
     def flops(self, direction: Direction, num_frames: int) -> float:
-        return self._measure(count_flops, direction, num_frames)
+        return self._measure(direction, num_frames).flops / _SMALL**2
 
-    def _measure(self, measure: Callable[..., int], direction: Direction, num_frames: int) -> float:
-        key = (measure, direction, num_frames)
+    def _measure(self, direction: Direction, num_frames: int) -> _Cost:
+        key = (direction, num_frames)
         if key not in self._known:
             if direction == "encode":
                 call: Callable[..., Any] = self.vae.encode
@@ -218,7 +223,7 @@ class _Chunks:
             else:
                 call = partial(self.vae.decode, num_frames=num_frames)
                 shape = (1, self.vae.embed_dim, self.vae.latent_frames(num_frames), _SMALL, _SMALL)
-            self._known[key] = _run(measure, call, shape, self.dtype) / _SMALL**2
+            self._known[key] = _run(call, shape, self.dtype)
         return self._known[key]
 
     @cached_property
@@ -226,10 +231,25 @@ class _Chunks:
         return next(self.vae.encoder.parameters()).shape[1]
 
 
-def _run(measure: Callable[..., int], call: Callable[..., Any], shape: Sequence[int], dtype: torch.dtype) -> int:
+@dataclass(frozen=True)
+class _Cost:
+    """Of a run: most bytes alive beyond weights and input, and operations."""
+
+    peak: int
+    flops: int
+
+
+def _run(call: Callable[..., Any], shape: Sequence[int], dtype: torch.dtype) -> _Cost:
+    flops = 0
+
+    def counted() -> None:
+        nonlocal flops
+        flops = count_flops(lambda: call(x))
+
     with torch.no_grad(), on_paper():
         x = torch.empty(*shape, dtype=dtype)
-        return measure(lambda: call(x))
+        peak = peak_bytes(counted)
+    return _Cost(peak, flops)
 
 
 def _with_square(small: int, larger: int, area: int) -> float:
