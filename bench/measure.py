@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from opensora.sampling.stages import peak_memory, reset_peak_memory
+from opensora.device_memory import peak_memory, reset_peak_memory
 from opensora_kernels.cases import Maker
 from tests.ops.accuracy import NUM_ULP, assert_accurate
 

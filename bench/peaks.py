@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.device_memory import peak_memory, reset_peak_memory
 from opensora.presets import open_sora_plan_v1_1
-from opensora.sampling.stages import peak_memory, reset_peak_memory
 from opensora.vae import CausalVideoVAE
 from opensora_kernels.vae import Streaming, Tiled, TilePlan, Tiling, Whole, decode, plan_tiles
 from tests.vae import models

@@ -116,14 +116,25 @@ def _convert_union(value: Any, arguments: tuple[Any, ...], where: str) -> Any:
     if value is None and type(None) in arguments:
         return None
     reasons = []
-    for argument in arguments:
-        if argument is type(None):
-            continue
+    for argument in _fitting(value, [argument for argument in arguments if argument is not type(None)]):
         try:
             return _convert(value, argument, where)
         except ConfigError as error:
             reasons.append(str(error))
     raise ConfigError(" or ".join(reasons))
+
+
+def _fitting(value: Any, arguments: list[Any]) -> list[Any]:
+    """Of several dataclasses those that have all fields of an object, or that it names; all if there are none.
+
+    Whole configurations name one by their fields alone, and its error is then not hidden among those of others.
+    """
+    if not isinstance(value, dict):
+        return arguments
+    kinds = [argument for argument in arguments if is_dataclass(argument)]
+    named = [kind for kind in kinds if kind.__name__ == value.get("config_type")]
+    fitting = [kind for kind in kinds if value.keys() <= {item.name for item in fields(kind)}]
+    return named or fitting or arguments
 
 
 def _convert_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from opensora.checkpoints import load_model, resolve
-from opensora.config import CausalVideoVAEConfig, Precision, Preset, TransformerConfig, VideoVAEConfig
+from opensora.config import CausalVideoVAEConfig, Precision, Preset, TransformerConfig, VAEKind, VideoVAEConfig
 from opensora.family_models import OURS
 from opensora.parallel import DTYPES
 from opensora.text.cache import CachedTextEncoder, TextCache, identity_of
@@ -58,7 +58,7 @@ def load_models(
         device=device,
         cache=text_cache,
     )
-    return Models(load_vae(vae or preset.vae, preset, **place), diffusion, encoder)
+    return Models(load_vae(vae or preset.vae, preset.vae_kind, **place), diffusion, encoder)
 
 
 def load_transformer(
@@ -71,11 +71,11 @@ def load_transformer(
     return load_model(location, MODEL_OF[type(config)], type(config), config=given, dtype=dtype, device=device)
 
 
-def load_vae(source: str | Path, preset: Preset, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """The VAE of the preset's kind."""
-    if preset.vae_kind == "frames":
+def load_vae(source: str | Path, kind: VAEKind, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """The VAE of that kind."""
+    if kind == "frames":
         return FrameVAE.from_pretrained(resolve(source), dtype=dtype, device=device)
-    if preset.vae_kind == "causal":
+    if kind == "causal":
         return load_model(source, CausalVideoVAE, CausalVideoVAEConfig, dtype=dtype, device=device)
     return load_model(source, VideoVAE, VideoVAEConfig, dtype=dtype, device=device)
 

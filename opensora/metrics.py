@@ -1,4 +1,4 @@
-"""How close two clips are: PSNR, SSIM and, where its weights are at hand, LPIPS, frame by frame.
+"""How close two clips are: PSNR, SSIM and, where its weights are at hand, LPIPS; and how sharp one is. By frame.
 
 Axes: B clips, T frames, C channels, H height, W width. Source: Open-Sora-Plan v1.1.0, opensora/eval.
 """
@@ -6,11 +6,14 @@ Axes: B clips, T frames, C channels, H height, W width. Source: Open-Sora-Plan v
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from opensora.perceptual import LPIPS
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
@@ -50,17 +53,30 @@ def ssim(frames: Tensor, other: Tensor) -> Tensor:
     return likeness.mean((1, 2, 3)).reshape(leading).mean(-1)
 
 
+def gradient_energy(frames: Tensor) -> Tensor:
+    """Mean squared difference of neighbouring pixels, across plus down, in fp64: lower in a blurred frame.
+
+    Shapes: (*, C, H, W), uint8 or floating-point in [0, 1], at least 2 x 2 -> (*). Errors: TypeError for other dtypes.
+    """
+    frames = _in_unit_range("gradient_energy", frames)
+    return frames.diff(dim=-1).square().mean((-3, -2, -1)) + frames.diff(dim=-2).square().mean((-3, -2, -1))
+
+
 def lpips_alex() -> Distance | str:
-    """The distance of the `lpips` package on AlexNet, or a sentence that says what of it is missing here. Nothing is
-    downloaded."""
-    try:
-        import lpips
-    except ImportError:
+    """LPIPS on AlexNet, or a sentence that says what of its weights is missing here: those of the five layers lie in
+    the package `lpips`, AlexNet's in torch's hub folder. Nothing is downloaded."""
+    package = find_spec("lpips")
+    if package is None or not package.submodule_search_locations:
         return "the package lpips is not installed"
+    layers = Path(package.submodule_search_locations[0]) / "weights" / "v0.1" / "alex.pth"
     backbone = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
-    if not backbone.exists():
-        return f"the weights of AlexNet are not there ({backbone})"
-    network = lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False)
+    for name, path in (("LPIPS", layers), ("AlexNet", backbone)):
+        if not path.exists():
+            return f"the weights of {name} are not there ({path})"
+    weights: dict[str, Tensor] = {}
+    for path in (layers, backbone):
+        weights |= torch.load(path, map_location="cpu", weights_only=True)
+    network = LPIPS.from_weights(weights, backbone="alex", source=f"{layers} with {backbone}")
     return lambda frames, other: network(frames, other).flatten()
 
 

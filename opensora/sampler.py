@@ -34,6 +34,7 @@ from opensora.sampling.requests import ClipSize, PromptError, Request, clip_size
 from opensora.sampling.stages import StageCost, StageMeter
 from opensora.schedulers import build
 from opensora.video import to_uint8, write_video
+from opensora_kernels import SequenceShards
 from opensora_kernels.vae import plan_tiles
 
 TEXTS_AT_ONCE = 8
@@ -59,6 +60,7 @@ class Sampler:
     """Generates clips with any of the systems. `costs` holds seconds and peak memory of the last run.
 
     Models work on `device`, by default where the transformer is; with `offload` they are there only while they work.
+    `sequence` spreads the transformer's tokens over ranks, all of which are asked for the same and make the same clips.
     Source: Open-Sora v1.2.0, scripts/inference.py (order of steps), with one random stream per clip instead of one for
     all: a clip depends on its own seed only, not on its neighbours in the batch. Open-Sora-Plan v1.1.0,
     opensora/sample/pipeline_videogen.py.
@@ -74,6 +76,7 @@ class Sampler:
         defaults: SampleConfig | None = None,
         device: torch.device | None = None,
         offload: bool = False,
+        sequence: SequenceShards | None = None,
     ) -> None:
         """vae: VideoVAE, CausalVideoVAE or FrameVAE. transformer: any of `opensora.models`. text_encoder: a TextEncoder
         or what stands for one. Errors: ValueError for parts that do not fit each other."""
@@ -87,7 +90,7 @@ class Sampler:
         if self.workplace.offload:
             for model in (self.vae, self.transformer, self.text_encoder):
                 model.to("cpu")
-        self.models = ModelsAtWork(self.vae, self.transformer, self.workplace, self.dtype)
+        self.models = ModelsAtWork(self.vae, self.transformer, self.workplace, self.dtype, sequence)
         self.costs: dict[str, StageCost] = {}
 
     @classmethod
@@ -101,12 +104,13 @@ class Sampler:
         config: SampleConfig | None = None,
         offload: bool = False,
         text_cache: str | Path | None = None,
+        sequence: SequenceShards | None = None,
     ) -> Sampler:
         """Load the models of a preset; a folder or hub id given here takes the place of the preset's.
 
         config: sampling defaults in place of the preset's; its dtypes and device are those of the models.
         offload: each model is on the device only while it works. text_cache: a folder for embeddings of texts, with
-        which the text encoder is loaded for new texts alone.
+        which the text encoder is loaded for new texts alone. sequence: as for the class.
         Errors: ValueError for an unknown preset; CheckpointError or OSError for weights that are absent or do not fit.
         """
         preset = presets.get(name)
@@ -123,7 +127,8 @@ class Sampler:
             text_cache=text_cache,
         )
         parts = (models.vae, models.transformer, models.text_encoder)
-        return cls(*parts, scheduler=preset.scheduler, defaults=config, device=device, offload=offload)
+        work = {"device": device, "offload": offload, "sequence": sequence}
+        return cls(*parts, scheduler=preset.scheduler, defaults=config, **work)
 
     def sample(
         self,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ._version import __version__
-from .backends import BackendError, explain, use
+from .backends import BackendError, explain, meta_as, use
 from .integrations import apply_opensora_kernels
 from .norms import Norm
 from .ops.attention import attention
@@ -20,11 +20,18 @@ from .ops.rms_norm import rms_norm
 from .ops.rms_norm_silu import rms_norm_silu
 from .ops.unpack_shards import unpack_shards
 from .ops.upsample_conv3d import upsample_conv3d
-from .sequence_parallel import gather_sequence, sequence_all_to_all, split_sequence, ulysses_attention
+from .sequence_parallel import (
+    SequenceShards,
+    gather_sequence,
+    sequence_all_to_all,
+    split_sequence,
+    ulysses_attention,
+)
 
 __all__ = [
     "BackendError",
     "Norm",
+    "SequenceShards",
     "__version__",
     "apply_opensora_kernels",
     "attention",
@@ -35,6 +42,7 @@ __all__ = [
     "gather_sequence",
     "group_norm_silu",
     "guided_euler_step",
+    "meta_as",
     "modulate",
     "pack_shards",
     "qk_norm_attention",

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 Backend = Literal["cuda", "triton", "npu", "cpu", "library", "reference"]
@@ -180,6 +182,26 @@ class use:
         _overrides.update(self._previous)
 
 
+@contextmanager
+def meta_as(device_type: str) -> Iterator[None]:
+    """Meanwhile tensors on the meta device choose backends as those on `device_type` do, "cuda" or "npu" say.
+
+    So a run without data, on a machine without that device, shows which tensors would be made and kept for the backward
+    pass there. Where Triton serves "cuda" it need not be installed for this: nothing is launched.
+    """
+    global _meta_device_type
+    previous, _meta_device_type = _meta_device_type, device_type
+    try:
+        yield
+    finally:
+        _meta_device_type = previous
+
+
+def is_cuda(device: torch.device) -> bool:
+    """Whether tensors there are on a CUDA device, or stand for some: see `meta_as`."""
+    return (_meta_device_type if device.type == "meta" else device.type) == "cuda"
+
+
 def _read_environment(text: str) -> dict[str, str]:
     variable, table = "OPENSORA_KERNELS_BACKEND", {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
@@ -205,10 +227,14 @@ def _check_backend(caller: str, backend: str) -> None:
 def _device_type(arguments: tuple[Any, ...]) -> str:
     for argument in arguments:
         if isinstance(argument, Tensor):
-            return argument.device.type
+            return _type_of(argument.device)
         if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
-            return argument[0].device.type
+            return _type_of(argument[0].device)
     return "cpu"
+
+
+def _type_of(device: torch.device) -> str:
+    return _meta_device_type if device.type == "meta" else device.type
 
 
 def _reason(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
@@ -237,6 +263,9 @@ def _refusal(op: str, wanted: str, arguments: tuple[Any, ...]) -> str:
 
 # What the user asked for: operator name (or "*") -> backend. A plain dict, so that torch.compile guards on it.
 _overrides: dict[str, str] = _read_environment(os.environ.get("OPENSORA_KERNELS_BACKEND", ""))
+
+# What tensors on the meta device stand for.
+_meta_device_type = "meta"
 
 # Told of every choice while `explain` looks for the one it wants.
 _on_choose: Callable[[str, tuple[Any, ...]], None] | None = None

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ import torch
 from opensora import presets
 from opensora.cli import COMMANDS, main
 from opensora.config import TrainConfig, TrainVAEConfig
-from opensora.data.reading import probe
+from opensora.data.reading import probe, read_frames
+from opensora.parallel import ParallelContext
+from opensora.presets.scaling import scaled
 from opensora.training import TrainingResult
 from tests.tiny_models import save_tiny_models
 
@@ -41,6 +44,21 @@ def refused(capsys, *arguments: str) -> str:
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("opensora")
     return lines[0]
+
+
+def test_processes_of_torchrun_make_a_clip_together(models, tmp_path, capsys):
+    arguments = ["sample", *models, "--image-size", "32", "48", "--prompt", "a red circle", "--num-frames", "1"]
+    assert main([*arguments, "-o", str(tmp_path / "alone.png")]) == 0
+    capsys.readouterr()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "opensora", *arguments, "--ring", "2", "-o", str(tmp_path / "together.png")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("together.png") == 1  # one rank writes and tells
+    alone, together = (read_frames(tmp_path / f"{name}.png").int() for name in ("alone", "together"))
+    assert alone.shape[-2:] == (32, 48)
+    assert (alone - together).abs().max() <= 1  # a rounding to 256 levels
+    assert "ring: must divide the number of processes, 1, got 2" in refused(capsys, *arguments, "--ring", "2")
 
 
 def test_a_prompt_becomes_a_video_and_a_contact_sheet_twice_the_same(models, tmp_path, capsys):
@@ -218,7 +236,7 @@ def test_unknown_commands_list_the_known_and_help_is_no_error(capsys):
         assert leaving.value.code == 0
     told = capsys.readouterr().out
     assert "--optimizer.warmup-steps" in told
-    assert "0x" not in told, "a type without a name"
+    assert " at 0x" not in told, "a type without a name"
 
 
 @pytest.fixture
@@ -226,7 +244,7 @@ def trained(monkeypatch) -> list[tuple[object, bool]]:
     """Calls of the trainers, which here only note their configuration."""
     calls: list[tuple[object, bool]] = []
 
-    def train(config: TrainConfig | TrainVAEConfig, resume: bool) -> TrainingResult:
+    def train(config: TrainConfig | TrainVAEConfig, resume: bool, context: ParallelContext) -> TrainingResult:
         calls.append((config, resume))
         return TrainingResult(7, 0.5, config.run.steps == 13, Path("checkpoint"), Path("model"))
 
@@ -253,8 +271,21 @@ def test_training_options_change_single_fields_of_a_preset(trained, tmp_path, ca
 def test_without_options_training_is_the_preset(trained):
     assert main(["train-vae"]) == 0
     assert main(["train", "--preset", "open_sora_v1_2", "--stage", "stage2"]) == 0
-    assert trained[0] == (next(iter(presets.get("tiny").vae_training.values())), False)
-    assert trained[1] == (presets.get("open_sora_v1_2").training["stage2"], False)
+    stage, expected = next(iter(presets.get("tiny").vae_training.items()))
+    assert trained[0] == (replace(expected, run=replace(expected.run, recipe=f"tiny/{stage}")), False)
+    expected = presets.get("open_sora_v1_2").training["stage2"]
+    assert trained[1] == (replace(expected, run=replace(expected.run, recipe="open-sora-v1.2/stage2")), False)
+
+
+def test_a_stage_is_named_with_its_preset_and_scaled_down(trained, monkeypatch):
+    made = []
+    monkeypatch.setattr("opensora.tiny_parts.complete", lambda config, folder: made.append(folder) or config)
+    assert main(["train", "--preset", "open-sora-1.2-stage3", "--scale", "tiny", "-o", "there", "--steps", "7"]) == 0
+    config = trained[0][0]
+    assert made == ["there/parts"]
+    assert (config.run.output, config.run.steps) == ("there", 7)
+    assert config.transformer == scaled(presets.get("open-sora-v1.2").training["stage3"], "tiny").transformer
+    assert config.run.recipe == "open-sora-v1.2/stage3/tiny"
 
 
 def test_a_stopped_training_says_how_to_go_on(trained, capsys):
@@ -266,6 +297,11 @@ def test_a_stopped_training_says_how_to_go_on(trained, capsys):
     ("arguments", "message"),
     [
         (["train", "--preset", "huge"], "preset: must be one of"),
+        (["train", "--preset", "open-sora-1.2-stage9"], "stages of open-sora-v1.2 are stage1, stage2, stage3, adapt-1"),
+        (["train", "--preset", "open-sora-1.2-stage1", "--stage", "stage2"], "stage: preset open-sora-v1.2 has stage1"),
+        (["train", "--scale", "small"], "scale: must be one of full, tiny, got 'small'"),
+        (["train-vae", "--preset", "open-sora-1.1"], "open-sora-v1.1 has no stages for opensora train-vae"),
+        (["train-all", "--only", "close-sora"], "only: must be the beginning of one of open-sora-v1.2 adapt-1-images"),
         (["train", "--stage", "stage9"], "stage: preset tiny has uniform, shifted, motion, got 'stage9'"),
         (["train", "--optimizer.lr", "fast"], 'option "optimizer.lr"'),
         (["train", "--optimizer.decay", "linear"], "linear"),

@@ -19,6 +19,7 @@ from opensora.sampling.requests import PromptError, clip_size, read_requests
 from opensora.text.tiny import build_tiny_text_encoder
 from opensora.vae import VideoVAE
 from opensora.video import write_mp4
+from opensora_kernels import SequenceShards
 from tests.tiny_models import SAMPLE, VAE, save_tiny_models
 
 FLOW = RectifiedFlowConfig(num_sampling_steps=3, cfg_scale=4.0, use_timestep_transform=False)
@@ -68,6 +69,18 @@ def test_a_clip_depends_on_its_seed_not_on_its_neighbours(sampler):
     alone = one(sampler.sample(prompts[1], seed=11))
     # Rows of a batch may be rounded differently by a matrix product: one grey level.
     assert (together[1].frames.int() - alone.frames.int()).abs().max() <= 1
+
+
+def test_the_ranks_of_a_sequence_reach_the_transformer(sampler, monkeypatch):
+    expected, told, denoiser = one(sampler.sample("a red circle", seed=3)), [], sampler.transformer.denoiser
+    monkeypatch.setattr(
+        sampler.transformer, "denoiser", lambda *a, **o: (told.append(o["sequence"]), denoiser(*a, **o))[1]
+    )
+    parts = (sampler.vae, sampler.transformer, sampler.text_encoder)
+    sequence = SequenceShards()  # one process; tests/sequence_parallel has several
+    shared = Sampler(*parts, scheduler=FLOW, defaults=SAMPLE, sequence=sequence)
+    assert torch.equal(one(shared.sample("a red circle", seed=3)).frames, expected.frames)
+    assert told == [sequence]
 
 
 def test_num_sample_repeats_a_prompt_with_further_seeds(sampler):

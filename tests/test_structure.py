@@ -20,11 +20,12 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 450
 
 # Files of opensora and folders of files -> what else in opensora they may import.
-_ALONE = ("config", "parallel", "video", "weight_files", "metrics", "families", "placements")
-_FILES = {name: set() for name in _ALONE} | {"config_files": {"config"}}
+_ALONE = ("config", "video", "weight_files", "perceptual", "families", "placements", "device_memory")
+_FILES = {name: set() for name in _ALONE}
+_FILES |= {"config_files": {"config"}, "parallel": {"config"}, "metrics": {"perceptual"}}
 _CHECKPOINTS = {"checkpoints": {"config", "config_files", "families", "placements", "weight_files"}}
 _LEAF_ROOMS = {room: {"config"} for room in ("data", "vae", "text", "models", "schedulers", "conditioning")}
-_BESIDE_THEM = {"training": {"config", "parallel"}, "presets": {"config", "data"}}
+_BESIDE_THEM = {"training": {"config", "parallel", "device_memory"}, "presets": {"config", "data"}}
 _BELOW = _FILES | _CHECKPOINTS | _LEAF_ROOMS | _BESIDE_THEM
 _MODELS = {
     "family_models": {"config", "config_files", "families", "models", "placements", "vae"},
@@ -33,12 +34,30 @@ _MODELS = {
     "conversion": {*_FILES, *_CHECKPOINTS, "adaptation", "families", "family_models", "inspection", "placements"},
 }
 _JOINTS = {
-    "sampling": {"config", "conditioning", "data", "schedulers", "text"},
+    "inputs": {"conditioning", "config", "data", "text"},
+    "latents": {"config", "data", "inputs", "parallel", "training"},
+    "validation": {"config", "data", "inputs", "parallel", "schedulers"},
+    "initial_weights": {"adaptation", "checkpoints", "config", "conversion", "families", "weight_files"},
+    "sampling": {"config", "conditioning", "data", "device_memory", "schedulers", "text"},
     "loading": {"checkpoints", "config", "family_models", "parallel", "text", "vae"},
+    "encoding": {"config", "data", "inputs", "text"},
+    "bucket_sizes": {"checkpoints", "config", "data", "loading", "schedulers", "vae"},
+    "tiny_parts": {"checkpoints", "config", "data", "models", "presets", "vae", "video"},
     "sampler": {*_BELOW, "loading", "sampling"},
-    "trainer": {*_BELOW, "sampler"},
+    "trainer": {
+        *_BELOW,
+        "encoding",
+        "estimate",
+        "inputs",
+        "initial_weights",
+        "latents",
+        "loading",
+        "sampler",
+        "validation",
+    },
     "vae_trainer": {*_BELOW},
     "reconstruction": {"checkpoints", "config", "config_files", "vae", "video"},
+    "estimate": {"config", "config_files", "data", "loading", "parallel", "presets", "training", "vae"},
 }
 _INSIDE = _BELOW | _MODELS | _JOINTS
 ROOMS: dict[str, set[str]] = _INSIDE | {"cli": {*_INSIDE}, "__main__": {"cli"}, "__init__": set()}
@@ -55,7 +74,11 @@ KERNEL_ROOMS = {"sequence_parallel", "vae", "integrations"}
 # Counts as a root file: what the Triton kernels of several operators share.
 ROOT_FOLDERS = {"_triton"}
 ONLY_ELSEWHERE = {"complex64", "complex128", "float64", "double", "cuda", "view_as_complex"}
-READ_ENVIRONMENT = {"opensora_kernels/backends.py", "opensora_kernels/_triton/__init__.py"}
+READ_ENVIRONMENT = {
+    "opensora_kernels/backends.py",
+    "opensora_kernels/_triton/__init__.py",
+    "opensora/parallel.py",  # torchrun's variables
+}
 
 
 def sources(*folders: str) -> dict[str, str]:

@@ -17,8 +17,12 @@ from contextlib import contextmanager
 COMMANDS = {
     "sample": ("opensora.cli.sample", "make images and videos from text"),
     "reconstruct": ("opensora.cli.reconstruct", "encode and decode a video, and measure what is lost"),
+    "encode": ("opensora.cli.encode", "encode clips and captions once, before a training"),
+    "find-batch-sizes": ("opensora.cli.find_batch_sizes", "measure which batch of each bucket takes equally long"),
     "train": ("opensora.cli.train", "train a diffusion transformer"),
     "train-vae": ("opensora.cli.train_vae", "train a video VAE"),
+    "train-all": ("opensora.cli.train_all", "train every stage of every preset, scaled down"),
+    "estimate": ("opensora.cli.estimate", "say what training and sampling take, before anything runs"),
     "inspect": ("opensora.cli.inspect", "say what a checkpoint is, without reading its weights"),
     "convert": ("opensora.cli.convert", "write a checkpoint in another layout, or adapt it to the next model"),
     "pack": ("opensora.cli.pack", "make a small model folder of finished training runs"),
@@ -49,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _cleaning_up():
             return importlib.import_module(COMMANDS[name][0]).run(arguments[1:])
     except KeyboardInterrupt as interrupt:
-        print(f"opensora {name}: stopped{''.join(f'; {text}' for text in interrupt.args)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"opensora {name}: stopped{''.join(f'; {text}' for text in interrupt.args)}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("OPENSORA_TRACEBACK"):
@@ -84,11 +89,13 @@ def _is_about_the_machine(error: RuntimeError) -> bool:
 
 
 def _fail(program: str, message: str) -> int:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # ranks may fail for different reasons
+        program += f" (rank {os.environ.get('RANK')})"
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def _usage() -> str:
     lines = ["usage: opensora COMMAND [--help] ...", "", "commands:"]
-    lines += [f"  {name:<16}{text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<18}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([*lines, "", "OPENSORA_TRACEBACK=1 shows where an error came from."])

@@ -3,8 +3,9 @@
 Units: frames and pixels unless a name says `latent`; seconds for durations; timesteps from 0 (clean) to 1000 (noise).
 """
 
-from opensora.config.data import BucketTable, DataConfig
-from opensora.config.preset import Preset, VAEKind
+from opensora.config.data import BucketTable, DataConfig, Fit
+from opensora.config.encoding import EncodeConfig
+from opensora.config.preset import Preset
 from opensora.config.runs import OptimizerConfig, ParallelConfig, RunConfig
 from opensora.config.sampling import Precision, SampleConfig
 from opensora.config.schedulers import (
@@ -14,6 +15,7 @@ from opensora.config.schedulers import (
     RectifiedFlowConfig,
     SampleMethod,
     SchedulerConfig,
+    TrainingSchedulerConfig,
 )
 from opensora.config.training import TrainConfig
 from opensora.config.transformers import (
@@ -23,15 +25,25 @@ from opensora.config.transformers import (
     STDiTConfig,
     TransformerConfig,
 )
-from opensora.config.vae_training import TrainVAEConfig, VAELossConfig
-from opensora.config.vaes import CausalVideoVAEConfig, SpatialVAEConfig, TemporalVAEConfig, VideoVAEConfig
+from opensora.config.vae_training import AdversaryConfig, TrainVAEConfig, VAELossConfig
+from opensora.config.vaes import (
+    CausalVideoVAEConfig,
+    SpatialVAEConfig,
+    TemporalVAEConfig,
+    VAEConfig,
+    VAEKind,
+    VideoVAEConfig,
+)
 
 __all__ = [
+    "AdversaryConfig",
     "BucketTable",
     "CausalVideoVAEConfig",
     "DPMSolverConfig",
     "DataConfig",
     "DiffusersSamplerConfig",
+    "EncodeConfig",
+    "Fit",
     "IDDPMConfig",
     "LatteT2VConfig",
     "OptimizerConfig",
@@ -50,7 +62,9 @@ __all__ = [
     "TemporalVAEConfig",
     "TrainConfig",
     "TrainVAEConfig",
+    "TrainingSchedulerConfig",
     "TransformerConfig",
+    "VAEConfig",
     "VAEKind",
     "VAELossConfig",
     "VideoVAEConfig",

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from opensora.config.sampling import SampleConfig
 from opensora.config.schedulers import RectifiedFlowConfig, SchedulerConfig
 from opensora.config.training import TrainConfig
 from opensora.config.transformers import STDiT3Config, TransformerConfig
 from opensora.config.vae_training import TrainVAEConfig
-
-VAEKind = Literal["frames", "stacked", "causal"]
-"""An image VAE for every frame (Open-Sora 1.0, 1.1), 1.2's stacked VAE, Open-Sora-Plan's CausalVideoVAE."""
+from opensora.config.vaes import VAEKind
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long a training runs and what it leaves behind in `output`."""
+    """How long a training runs and what it leaves behind in `output`.
+
+    `wandb_project` names a project of Weights & Biases to send scalars to, where that package is installed.
+    `grad_checkpoint` says what is computed again in the backward pass: "full", all of a block but its input (or true);
+    "selective", all but the results of matrix products and attention; "none" (or false).
+    `validate_every` and `sample_every` count steps; 0 never does. A bad loss is one that is not finite, whose gradient
+    is not, or that exceeds `spike_factor` x the running mean (0: no such check); `on_bad_loss` says whether the run
+    then stops, leaves that update out, or goes back to the last checkpoint with the batches after the bad one;
+    after more than `max_bad_steps` of them in a row it stops. `recipe` names the preset and stage: a checkpoint of
+    another recipe is refused.
+    """
 
     output: str = "outputs"
     steps: int = 1000
@@ -41,9 +51,21 @@ class RunConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     sample_every: int = 0
-    grad_checkpoint: bool = False
+    grad_checkpoint: bool | Literal["none", "selective", "full"] = False
+    validate_every: int = 0
+    on_bad_loss: Literal["stop", "skip", "roll_back"] = "stop"
+    spike_factor: float = 0.0
+    max_bad_steps: int = 10
+    recipe: str = ""
     tensorboard: bool = True
+    wandb_project: str = ""
     num_threads: int | None = None
+
+    @property
+    def checkpointing(self) -> Literal["none", "selective", "full"]:
+        """`grad_checkpoint` in words."""
+        words: dict[bool, Literal["none", "full"]] = {False: "none", True: "full"}
+        return words[self.grad_checkpoint] if isinstance(self.grad_checkpoint, bool) else self.grad_checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,7 +75,8 @@ class ParallelConfig:
     `ulysses` x `ring` ranks cut the tokens of each clip among them (the first by heads inside attention, the second by
     passing keys round); the other ranks read other batches. `sharding` "full" spreads weights, gradients, optimizer
     state and averages over all ranks (FSDP2), "none" leaves a copy on each. `cpu_offload` keeps shards in host memory
-    between uses. `timeout` is how many seconds a rank waits for the others before it fails.
+    between uses. `timeout` is how many seconds a rank waits for the others before it fails; the main
+    rank's export of a model must take less.
     """
 
     ulysses: int = 1

@@ -81,4 +81,5 @@ class DiffusersSamplerConfig:
     cfg_scale: float = 7.5
 
 
+TrainingSchedulerConfig = RectifiedFlowConfig | IDDPMConfig
 SchedulerConfig = RectifiedFlowConfig | IDDPMConfig | DPMSolverConfig | DiffusersSamplerConfig

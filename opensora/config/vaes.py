@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+VAEKind = Literal["frames", "stacked", "causal"]
+"""An image VAE for every frame (Open-Sora 1.0, 1.1), 1.2's stacked VAE, Open-Sora-Plan's CausalVideoVAE."""
 
 
 @dataclass(frozen=True)
@@ -89,3 +92,7 @@ class CausalVideoVAEConfig:
     loss_type: str = "opensora.models.ae.videobase.losses.LPIPSWithDiscriminator"
     loss_params: dict[str, Any] = field(default_factory=dict)
     scaling_factor: float = 0.18215
+
+
+VAEConfig = VideoVAEConfig | CausalVideoVAEConfig
+"""A VAE that can be trained."""

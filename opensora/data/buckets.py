@@ -86,6 +86,10 @@ class Buckets:
         """(frames, height, width) in pixels of the clips in a bucket."""
         return (key.num_frames, *get_resolution(key.resolution).sizes[key.aspect])
 
+    def has(self, resolution: str, num_frames: int) -> bool:
+        """Whether the table gives clips of that size a batch."""
+        return any(cell.num_frames == num_frames and cell.batch_size for cell in self._cells.get(resolution, ()))
+
     def batch_size(self, key: BucketKey) -> int:
         return next(cell.batch_size for cell in self._cells[key.resolution] if cell.num_frames == key.num_frames)
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from opensora.config import Fit
 from opensora.data.manifest import Clip, Manifest
 from opensora.data.reading import VideoError, is_image, read_frames
 from opensora.data.samplers import ClipRequest
@@ -30,13 +31,17 @@ class ClipDataset(Dataset):
 
     `dataset[item]` or `dataset[epoch, item]`; an item is a row number, for clips of `num_frames` frames of
     `image_size` (height, width; None: the file's own), or a `ClipRequest` or its spelling "row-T-H-W".
-    The window of T * frame_interval frames is drawn from (seed, epoch, item). Returned keys:
+    The window of T * frame_interval frames is drawn from (seed, epoch, item), or begins where the manifest says.
+    Returned keys:
         video    float32 (3, T, H, W), [-1, 1], resized to fill and cropped
         text, path   str
         num_frames, height, width   int, of `video`; ar = height / width
-        fps      the file's frame rate // frame_interval; 120 for a still image
+        fps      the file's frame rate // frame_interval, or itself with `file_fps`; 120 for a still image
+        aes, flow, camera_motion   scores of the manifest, None where it has none
+        frames   (first, last) frame of the file
         skipped  list of (path, reason): files that could not be read and in whose place this clip stands
-    `cache_in_memory` keeps every decoded file as uint8; each worker process of a loader has its own cache.
+    `flip` mirrors half of the clips, left to right. `cache_in_memory` keeps every decoded file as uint8; each worker
+    process of a loader has its own cache.
     Errors: VideoError when neither the clip nor any of 10 replacements can be read; ValueError for a malformed item.
     Source: the item of Open-Sora 1.2's VariableVideoTextDataset, except that upstream's replacement is not repeatable.
     """
@@ -48,6 +53,9 @@ class ClipDataset(Dataset):
         num_frames: int = 51,
         image_size: tuple[int, int] | None = None,
         frame_interval: int = 1,
+        fit: Fit = "resize_crop",
+        flip: bool = False,
+        file_fps: bool = False,
         seed: int = 42,
         cache_in_memory: bool = False,
     ) -> None:
@@ -58,6 +66,8 @@ class ClipDataset(Dataset):
         self.num_frames = num_frames
         self.image_size = image_size
         self.frame_interval = frame_interval
+        self.fit: Fit = fit
+        self.flip, self.file_fps = flip, file_fps
         self.seed = seed
         self._cache: dict[str, Tensor] | None = {} if cache_in_memory else None
 
@@ -65,20 +75,31 @@ class ClipDataset(Dataset):
         return len(self.manifest.clips)
 
     def __getitem__(self, key: Item | tuple[int, Item]) -> dict[str, Any]:
-        epoch, item = key if isinstance(key, tuple) and not isinstance(key, ClipRequest) else (0, key)
-        row, num_frames, size = self._parse(item)
+        epoch, item = split_key(key)
+        row, num_frames, _ = self._parse(item)
         skipped: list[tuple[str, str]] = []
         for candidate in self._candidates(row, num_frames, epoch, item):
-            clip = self.manifest.clips[candidate]
             try:
-                video = self._read(clip, num_frames, size, random.Random(f"{self.seed}-{epoch}-{item}-{candidate}"))
+                return {**self.read(key, candidate), "skipped": skipped}
             except VideoError as error:
                 # Not remembered: a resumed run would not know, and a file cut short has other, readable windows.
                 skipped.append((error.path, error.reason))
-                continue
-            return _sample(clip, video, self.frame_interval, skipped)
         path, reason = skipped[0]
         raise VideoError(path, f"{reason}; the {len(skipped) - 1} clips tried in its place cannot be read either")
+
+    def read(self, key: Item | tuple[int, Item], candidate: int | None = None) -> dict[str, Any]:
+        """The clip of row `candidate`, or of the item's own, and no other in its place: raises VideoError."""
+        epoch, item = split_key(key)
+        row, num_frames, size = self._parse(item)
+        candidate = row if candidate is None else candidate
+        clip = self.manifest.clips[candidate]
+        rng = random.Random(f"{self.seed}-{epoch}-{item}-{candidate}")
+        indices = self._frames(clip, num_frames, rng)
+        video = transform_frames(frames := self._pixels(clip, indices), size or tuple(frames.shape[2:]), fit=self.fit)
+        if self.flip and rng.random() < 0.5:
+            video = video.flip(-1)
+        fps = clip.fps if self.file_fps else float(clip.fps // self.frame_interval)
+        return _sample(clip, video, fps) | {"frames": (indices[0], indices[-1])}
 
     def _parse(self, item: Item) -> tuple[int, int, tuple[int, int] | None]:
         numbers = [item] if isinstance(item, int) else str(item).split("-")
@@ -103,23 +124,34 @@ class ClipDataset(Dataset):
         rng = random.Random(f"{self.seed}-{epoch}-{item}")
         yield from rng.sample(others, min(MAX_REPLACEMENTS, len(others)))
 
-    def _read(self, clip: Clip, num_frames: int, size: tuple[int, int] | None, rng: random.Random) -> Tensor:
-        if clip.num_frames < num_frames:
-            raise VideoError(clip.path, f"holds {clip.num_frames} frames, {num_frames} are needed")
-        indices = temporal_crop_indices(num_frames, clip.num_frames, frame_interval=self.frame_interval, generator=rng)
-        if self._cache is None:
-            frames_TCHW = read_frames(clip.path, indices)
+    def _frames(self, clip: Clip, num_frames: int, rng: random.Random) -> list[int]:
+        if clip.first_frame is None:
+            needed = num_frames
         else:
-            if clip.path not in self._cache:
-                self._cache[clip.path] = read_frames(clip.path)
-            whole = self._cache[clip.path]
-            if max(indices) >= len(whole):
-                raise VideoError(clip.path, f"truncated: holds {len(whole)} frames, frame {max(indices)} is needed")
-            frames_TCHW = whole[indices]
-        return transform_frames(frames_TCHW, size or tuple(frames_TCHW.shape[2:]))
+            needed = clip.first_frame + (num_frames - 1) * self.frame_interval + 1
+        if clip.num_frames < needed:
+            raise VideoError(clip.path, f"holds {clip.num_frames} frames, {needed} are needed")
+        if clip.first_frame is not None:
+            return list(range(clip.first_frame, needed, self.frame_interval))
+        return temporal_crop_indices(num_frames, clip.num_frames, frame_interval=self.frame_interval, generator=rng)
+
+    def _pixels(self, clip: Clip, indices: list[int]) -> Tensor:
+        if self._cache is None:
+            return read_frames(clip.path, indices)
+        if clip.path not in self._cache:
+            self._cache[clip.path] = read_frames(clip.path)
+        whole = self._cache[clip.path]
+        if max(indices) >= len(whole):
+            raise VideoError(clip.path, f"truncated: holds {len(whole)} frames, frame {max(indices)} is needed")
+        return whole[indices]
 
 
-def _sample(clip: Clip, video_CTHW: Tensor, frame_interval: int, skipped: list[tuple[str, str]]) -> dict[str, Any]:
+def split_key(key: Item | tuple[int, Item]) -> tuple[int, Item]:
+    """(epoch, item) of a dataset's key; an item alone is one of epoch 0."""
+    return key if isinstance(key, tuple) and not isinstance(key, ClipRequest) else (0, key)
+
+
+def _sample(clip: Clip, video_CTHW: Tensor, fps: float) -> dict[str, Any]:
     _, num_frames, height, width = video_CTHW.shape
     return {
         "video": video_CTHW,
@@ -129,6 +161,8 @@ def _sample(clip: Clip, video_CTHW: Tensor, frame_interval: int, skipped: list[t
         "height": height,
         "width": width,
         "ar": height / width,
-        "fps": IMAGE_FPS if is_image(clip.path) else float(clip.fps // frame_interval),
-        "skipped": skipped,
+        "fps": IMAGE_FPS if is_image(clip.path) else fps,
+        "aes": clip.aes,
+        "flow": clip.flow,
+        "camera_motion": clip.camera_motion,
     }

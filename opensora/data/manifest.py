@@ -8,16 +8,21 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet
 
+from opensora.data.plan_lists import plan_rows
 from opensora.data.reading import VideoError, VideoInfo, probe
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One usable row. `fps` is the file's frame rate, 0 for a still image; `num_frames` counts frames of the file."""
+    """One usable row. `fps` is the file's frame rate, 0 for a still image; `num_frames` counts frames of the file.
+
+    `aes`, `flow` and `camera_motion` are the row's scores, None where it has none; `first_frame`, where given, is the
+    frame at which a training clip begins.
+    """
 
     path: str
     text: str
@@ -25,6 +30,10 @@ class Clip:
     height: int
     width: int
     fps: float
+    aes: float | None = None
+    flow: float | None = None
+    camera_motion: str | None = None
+    first_frame: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,25 +63,33 @@ class Manifest:
         return line
 
 
-def read_manifest(path: str | Path, *, probe_missing: Callable[[str], VideoInfo] = probe) -> Manifest:
-    """Read a list of clips; the suffix says the format: .csv, .jsonl or .parquet.
+def read_manifest(
+    path: str | Path,
+    *,
+    probe_missing: Callable[[str], VideoInfo] = probe,
+    empty_captions: Literal["skip", "keep"] = "keep",
+) -> Manifest:
+    """Read a list of clips; the suffix says the format: .csv, .jsonl, .parquet, or Open-Sora-Plan's .json and .txt.
 
     Only `path` is required. A missing `text` is empty; missing or empty numbers are read from the clip's file by
-    `probe_missing`. Relative paths count from the manifest's folder. Other columns are ignored.
+    `probe_missing`. Scores are read from columns `aes`, `flow` and `cmotion` or `camera_motion`. Relative paths count
+    from the manifest's folder. Other columns are ignored.
     Rows with a bad number, without a path, or whose missing numbers cannot be probed are left out and named in
-    `bad_rows`; a clip whose numbers are all given is not touched, so whether its file can be read shows up later.
+    `bad_rows`, and so are rows without a text where `empty_captions` is "skip"; a clip whose numbers are all given is
+    not touched, so whether its file can be read shows up later.
     Raises ValueError for another suffix, a file without a `path` column, an unreadable file, or no usable row at all;
     FileNotFoundError when there is no such file.
     """
     path = Path(path)
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    readers |= {".json": plan_rows, ".txt": plan_rows}
     if path.suffix.lower() not in readers:
         raise ValueError(f"read_manifest: path must end in {', '.join(readers)}, got {str(path)!r}")
     clips: list[Clip] = []
     bad_rows: list[BadRow] = []
     for number, row in enumerate(readers[path.suffix.lower()](path), start=1):
         try:
-            clips.append(_clip(row, path.parent, probe_missing))
+            clips.append(_clip(row, path.parent, probe_missing, empty_captions))
         except VideoError as error:
             bad_rows.append(BadRow(number, error.path, error.reason))
         except ValueError as error:
@@ -84,11 +101,14 @@ def read_manifest(path: str | Path, *, probe_missing: Callable[[str], VideoInfo]
     return manifest
 
 
-def _clip(row: Any, folder: Path, probe_missing: Callable[[str], VideoInfo]) -> Clip:
+def _clip(row: Any, folder: Path, probe_missing: Callable[[str], VideoInfo], empty_captions: str) -> Clip:
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row.get("path"), str) or not row["path"].strip():
         raise ValueError("has no path")
+    text = "" if _is_missing(row.get("text")) else str(row["text"])
+    if not text and empty_captions == "skip":
+        raise ValueError("has no text")  # before the file is opened
     path = str(folder / row["path"].strip())
     numbers = {name: _number(row, name) for name in ("num_frames", "height", "width", "fps")}
     if any(value is None for value in numbers.values()):
@@ -98,11 +118,20 @@ def _clip(row: Any, folder: Path, probe_missing: Callable[[str], VideoInfo]) -> 
         if numbers[name] < 1 or numbers[name] != int(numbers[name]):
             raise ValueError(f"{name} must be a whole number from 1, got {numbers[name]}")
         numbers[name] = int(numbers[name])
-    text = row.get("text")
-    return Clip(path=path, text="" if _is_missing(text) else str(text), **numbers)
+    motion = row.get("cmotion", row.get("camera_motion"))
+    first_frame = _number(row, "first_frame")
+    return Clip(
+        path=path,
+        text=text,
+        **numbers,
+        aes=_number(row, "aes", least=-math.inf),
+        flow=_number(row, "flow", least=-math.inf),
+        camera_motion=None if _is_missing(motion) else str(motion).strip(),
+        first_frame=None if first_frame is None else int(first_frame),
+    )
 
 
-def _number(row: dict[str, Any], name: str) -> float | None:
+def _number(row: dict[str, Any], name: str, *, least: float = 0) -> float | None:
     value = row.get(name)
     if _is_missing(value):
         return None
@@ -110,8 +139,8 @@ def _number(row: dict[str, Any], name: str) -> float | None:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{name} must be a number from 0, got {value!r}")
+    if not math.isfinite(number) or number < least:
+        raise ValueError(f"{name} must be a number{' from 0' if least == 0 else ''}, got {value!r}")
     return number
 
 

@@ -1,4 +1,5 @@
-"""Open-Sora 1.2's sizes: resolution -> (nominal pixels, entries "H/W:HxW"). The order of entries breaks ties."""
+"""Open-Sora 1.2's sizes and three of ours: resolution -> (nominal pixels, entries "H/W:HxW"), in an order that breaks
+ties."""
 
 RESOLUTION_TABLES: dict[str, tuple[int, str]] = {
     "144p": (
@@ -92,4 +93,8 @@ RESOLUTION_TABLES: dict[str, tuple[int, str]] = {
         "0.56:2160x3840 0.67:2352x3528 0.75:2494x3326 1.00:2880x2880 1.33:3326x2494 1.50:3528x2352 1.78:3840x2160 "
         "1.89:3958x2096 2.00:4072x2036 2.08:4156x1994",
     ),
+    # Ours, for models as small as the embedded one.
+    "32": (1024, "0.56:24x42 1.0:32x32 1.78:42x24"),
+    "48": (2304, "0.56:36x64 1.0:48x48 1.78:64x36"),
+    "64": (4096, "0.56:48x86 1.0:64x64 1.78:86x48"),
 }

@@ -1,13 +1,13 @@
 """From decoded frames to a clip of the requested length and size, values in [-1, 1].
 
-Videos are resized as float tensors, bilinear without antialiasing; images through PIL, bicubic with it. That is what
-the released models were trained on. T frames, C channels, H height, W width.
+Open-Sora ("resize_crop", "center"): videos are resized as float tensors, bilinear without antialiasing; images through
+PIL, bicubic with it. Open-Sora-Plan ("square", "long_side"): both as float tensors, bilinear with antialiasing. That is
+what the released models were trained on. T frames, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-Fit = Literal["resize_crop", "center"]
+from opensora.config import Fit
+
+# Clips that keep their shape are cut to a multiple of this: latents are 8 pixels wide, patches two latents.
+LONG_SIDE_STRIDE = 16
 
 
 def temporal_crop_indices(
@@ -28,12 +31,21 @@ def temporal_crop_indices(
     Errors: ValueError when the clip has fewer than `num_frames` frames.
     Source: Open-Sora v1.2.0, opensora/datasets/utils.py; `generator` defaults to Python's global one, as there.
     """
-    window = num_frames * frame_interval
-    begin = (generator or random).randint(0, max(0, num_total - window - 1))
-    end = min(begin + window, num_total)
+    begin, end = random_window(num_frames * frame_interval, num_total, generator=generator)
     if end - begin < num_frames:
         raise ValueError(f"temporal_crop: a clip must have at least {num_frames} frames, got {num_total}")
-    return np.linspace(begin, end - 1, num_frames, dtype=int).tolist()
+    return spread_indices(begin, end, num_frames)
+
+
+def random_window(length: int, num_total: int, *, generator: random.Random | None = None) -> tuple[int, int]:
+    """(begin, end) of up to `length` of a file's frames, as both systems draw it."""
+    begin = (generator or random).randint(0, max(0, num_total - length - 1))
+    return begin, min(begin + length, num_total)
+
+
+def spread_indices(begin: int, end: int, count: int) -> list[int]:
+    """`count` frame numbers from begin to end - 1, both included, rounded down."""
+    return np.linspace(begin, end - 1, count, dtype=int).tolist()
 
 
 def transform_video(frames_TCHW: Tensor, size: tuple[int, int], *, fit: Fit = "resize_crop") -> Tensor:
@@ -41,11 +53,17 @@ def transform_video(frames_TCHW: Tensor, size: tuple[int, int], *, fit: Fit = "r
 
     Shapes: uint8 (T, 3, H, W) to fp32 (T, 3, *size). `size` is (height, width) in pixels.
     "resize_crop" fills `size` and cuts what juts out on both sides; "center" scales the shorter side to size[0] and
-    cuts the centre.
-    Source: Open-Sora v1.2.0, opensora/datasets/video_transforms.py.
+    cuts the centre; "square" cuts the central square and scales it; "long_side" scales the longer side down to size[0]
+    if it is longer, and cuts right and below to multiples of 16, so that the result can be smaller than `size`.
+    Source: Open-Sora v1.2.0, opensora/datasets/video_transforms.py; of the last two Open-Sora-Plan v1.1.0,
+    opensora/dataset/transform.py.
     """
     _check_size(size)
     frames = frames_TCHW.float() / 255.0
+    if fit == "square":
+        return 2 * resize(center_crop(frames, (min(frames.shape[-2:]),) * 2), size) - 1
+    if fit == "long_side":
+        return 2 * crop_to_multiple(shrink_long_side(frames, size[0]), LONG_SIDE_STRIDE) - 1
     if fit == "resize_crop":
         scaled = fill_size((frames.shape[-2], frames.shape[-1]), size)
         top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
@@ -88,8 +106,9 @@ def transform_image(image: Image.Image | Tensor, size: tuple[int, int], *, fit: 
 
 
 def transform_frames(frames_TCHW: Tensor, size: tuple[int, int], *, fit: Fit = "resize_crop") -> Tensor:
-    """A clip for a model: uint8 (T, 3, H, W) to fp32 (3, T, *size) in [-1, 1]; one frame takes the image's path."""
-    if frames_TCHW.shape[0] == 1:
+    """A clip for a model: uint8 (T, 3, H, W) to fp32 (3, T, *size) in [-1, 1]; one frame takes Open-Sora's image path,
+    where `fit` is Open-Sora's."""
+    if frames_TCHW.shape[0] == 1 and fit in ("resize_crop", "center"):
         return transform_image(frames_TCHW[0], size, fit=fit)[:, None]
     return transform_video(frames_TCHW, size, fit=fit).transpose(0, 1).contiguous()
 
@@ -101,6 +120,39 @@ def fill_size(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, in
     if ratio_height > ratio_width:
         return target_height, round(width * ratio_height)
     return round(height * ratio_width), target_width
+
+
+def center_crop(frames_TCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The central (height, width) pixels; halves are rounded to even. ValueError for frames smaller than that."""
+    (height, width), (rows, columns) = frames_TCHW.shape[-2:], size
+    if height < rows or width < columns:
+        raise ValueError(f"center_crop: frames must have at least {rows} x {columns} pixels, got {height} x {width}")
+    top, left = round((height - rows) / 2.0), round((width - columns) / 2.0)
+    return frames_TCHW[..., top : top + rows, left : left + columns]
+
+
+def resize(frames_TCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, corner to corner, with antialiasing."""
+    return F.interpolate(frames_TCHW, size=size, mode="bilinear", align_corners=True, antialias=True)
+
+
+def shrink_long_side(frames_TCHW: Tensor, length: int) -> Tensor:
+    """The longer side scaled to `length` pixels, unless it is that short."""
+    height, width = frames_TCHW.shape[-2:]
+    if max(height, width) <= length:
+        return frames_TCHW
+    if height > width:
+        return resize(frames_TCHW, (length, int(width * length / height)))
+    return resize(frames_TCHW, (int(height * length / width), length))
+
+
+def crop_to_multiple(frames_TCHW: Tensor, stride: int) -> Tensor:
+    """Without the pixels right and below that do not fill a multiple of `stride`. ValueError where none are left."""
+    height, width = (side // stride * stride for side in frames_TCHW.shape[-2:])
+    if min(height, width) < stride:
+        rule = f"frames must have at least {stride} x {stride} pixels"
+        raise ValueError(f"crop_to_multiple: {rule}, got {tuple(frames_TCHW.shape[-2:])}")
+    return frames_TCHW[..., :height, :width]
 
 
 def _check_size(size: tuple[int, int]) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from opensora.models.layers import TextContext
 
@@ -22,6 +23,7 @@ Denoiser = Callable[..., Tensor]
 class VideoTransformer(nn.Module):
     """Subclasses embed captions and list who reads them.
 
+    forward and denoiser take `sequence`, the ranks over which the sites of a clip are spread; None: all are here.
     `takes_frame_mask`: forward and denoiser take x_mask (B, T), False where a frame is given clean.
     `only_length`: latent frames of the only clips it makes beside single frames; None for any number.
     `latent_multiple`: what height and width of latents must be multiples of.
@@ -34,6 +36,7 @@ class VideoTransformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gradient_checkpointing = False
+        self.keeps_products = False
 
     @property
     def null_caption(self) -> Tensor | None:
@@ -68,9 +71,34 @@ class VideoTransformer(nn.Module):
     def run_block(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """block(*arguments), recomputed in the backward pass if that was asked for."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if self.keeps_products:
+                contexts = partial(create_selective_checkpoint_contexts, _products())
+                return checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
 
-    def set_gradient_checkpointing(self, is_enabled: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
-        self.gradient_checkpointing = is_enabled
+    def set_gradient_checkpointing(self, mode: bool | Literal["none", "selective", "full"] = "full") -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them.
+
+        "selective" keeps the results of matrix products and attention, which take nearly all of the time, and computes
+        only the rest again; True is "full", False "none". Errors: ValueError for another mode.
+        """
+        if mode not in (True, False, "none", "selective", "full"):
+            raise ValueError(f"gradient checkpointing: must be none, selective or full, got {mode!r}")
+        self.gradient_checkpointing = mode not in (False, "none")
+        self.keeps_products = mode == "selective"
+
+
+def _products() -> list[Any]:
+    """Operators whose results "selective" checkpointing keeps."""
+    aten, ours = torch.ops.aten, torch.ops.opensora_kernels
+    return [
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        ours.attention.default,
+        ours.qk_norm_attention.default,
+    ]

@@ -21,16 +21,17 @@ from opensora.models.latte_checks import check_batch, check_captions, check_clip
 from opensora.models.latte_layers import (
     CaptionProjection,
     FramePatchEmbed,
-    Grid,
+    Kept,
     SpatialBlock,
     TemporalBlock,
     TextAttention,
     TimestepModulation,
 )
 from opensora.models.latte_positions import LattePositions
-from opensora.models.layers import TextContext, patch_values, select_tokens, unpatchify
-from opensora.models.token_masks import KeptTokens, kept_tokens
-from opensora_kernels import modulate
+from opensora.models.layers import RotaryTable, TextContext, patch_values, select_tokens
+from opensora.models.patches import Sites, unpatchify
+from opensora.models.token_masks import kept_tokens
+from opensora_kernels import SequenceShards, modulate
 
 
 class LatteT2V(VideoTransformer):
@@ -38,6 +39,7 @@ class LatteT2V(VideoTransformer):
 
     `config` carries upstream's constructor arguments and the release; state-dict keys and shapes are upstream's. Works
     in fp32, with bf16 weights, and under autocast; the output is always fp32.
+    Where sites are spread over ranks, `dropout` draws for those of each.
     """
 
     def __init__(self, config: LatteT2VConfig | None = None) -> None:
@@ -66,6 +68,7 @@ class LatteT2V(VideoTransformer):
         encoder_attention_mask: Tensor | None = None,
         use_image_num: int = 0,
         enable_temporal_attentions: bool = True,
+        sequence: SequenceShards | None = None,
     ) -> Tensor:
         """One evaluation of the network, of clips and of images beside them.
 
@@ -75,7 +78,8 @@ class LatteT2V(VideoTransformer):
         a token counts. attention_mask, nonzero where there is picture and not padding, has the shape (B, T + I, H, W)
         in version 1.1 and, patch by patch, (B * T, S) in 1.0, without images. A row that a mask empties attends
         to all. Returns fp32 (B, out_channels, T + I, H, W).
-        Temporal attention, when enabled, is of exactly `video_length` frames; images take no part in it.
+        Temporal attention, when enabled, is of exactly `video_length` frames; images take no part in it. `sequence`
+        spreads the sites of each frame over ranks, which are given and return the same: see `Sites`.
         Upstream's: training on images beside clips without gradient checkpointing leaves out the table of frame
         positions. Not upstream's: images beside clips are allowed in evaluation too, where it adds the table; clips
         of one frame or frames of one patch work; a single frame is not repeated to `video_length` but refused.
@@ -97,6 +101,7 @@ class LatteT2V(VideoTransformer):
             is_temporal=enable_temporal_attentions,
             has_frame_table=not is_without_table,
             mask=mask if self.config.version == "1.0" else _rows(mask, 0, num_frames),
+            sequence=sequence,
         )
         if num_images == 0:
             return noise
@@ -107,6 +112,7 @@ class LatteT2V(VideoTransformer):
             self.embed_text(_rows(text, 1).unsqueeze(1), _rows(text_mask, 1)),
             is_temporal=False,
             mask=_rows(mask, num_frames),
+            sequence=sequence,
         )
         return torch.cat([noise, image_noise.squeeze(2).unflatten(0, (-1, num_images)).transpose(1, 2)], dim=2)
 
@@ -120,6 +126,7 @@ class LatteT2V(VideoTransformer):
         has_frame_table: bool = True,
         mask: Tensor | None = None,
         num_channels: int | None = None,
+        sequence: SequenceShards | None = None,
     ) -> Tensor:
         """Noise of clips, of which text of k*B rows (conditional and null captions) shares B.
 
@@ -129,31 +136,33 @@ class LatteT2V(VideoTransformer):
         """
         check_clip(self.config, x_BCTHW, timestep_B, text.tokens.shape[0], is_temporal=is_temporal)
         weight, patch_size = self.pos_embed.proj.weight, self.pos_embed.patch_size
-        num_frames, rows, columns = self.pos_embed.grid(x_BCTHW)
-        tokens = self.pos_embed(x_BCTHW.to(weight.dtype)) + self.positions.in_space(rows, columns, like=weight)
+        grid = self.pos_embed.grid(x_BCTHW)
+        sites = Sites(*grid[1:], sequence)
+        positions_11SD = self.positions.in_space(sites.rows, sites.columns, like=weight)
+        tokens = self.pos_embed(x_BCTHW.to(weight.dtype), sites) + sites.cut(positions_11SD, dim=2)
         tokens, timestep_B, _ = self.for_each_text(text, tokens, timestep_B, None)
         embedding_BD, modulation_B6D = self.adaln_single(timestep_B)
         tokens = self.run_blocks(
             tokens,
             text,
             modulation_B6D,
-            (rows, columns),
-            self._kept_patches(mask),
+            sites,
+            self._kept_patches(mask, sites),
             is_temporal=is_temporal,
             has_frame_table=has_frame_table,
         )
         shift, scale = (self.scale_shift_table + embedding_BD[:, None]).unbind(1)
         out = modulate(tokens.flatten(1, 2), shift, scale)
         out = patch_values(self.proj_out, out, patch_size[1] * patch_size[2], num_channels)
-        return unpatchify(out, (num_frames, rows, columns), patch_size, tuple(x_BCTHW.shape[2:]))
+        return unpatchify(out, sites, grid, patch_size, tuple(x_BCTHW.shape[2:]))
 
     def run_blocks(
         self,
         x_BTSD: Tensor,
         text: TextContext,
         modulation_B6D: Tensor,
-        grid: Grid,
-        kept: tuple[KeptTokens | None, KeptTokens | None],
+        sites: Sites,
+        kept: tuple[Kept | None, Kept | None],
         *,
         is_temporal: bool,
         has_frame_table: bool,
@@ -162,29 +171,36 @@ class LatteT2V(VideoTransformer):
         compressed ones."""
         in_space = in_time = None
         if self.config.use_rope:
-            in_space = self.positions.rotation_in_space(*grid, x_BTSD.device)
+            angles = self.positions.rotation_in_space(sites.rows, sites.columns, x_BTSD.device)
+            in_space = RotaryTable(*(sites.cut(part, dim=0) for part in angles))
             in_time = self.positions.rotation_in_time(x_BTSD.shape[1], x_BTSD.device)
         pairs = zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
         for i, (in_frames, among_frames) in enumerate(pairs):
             kept_here = kept[in_frames.attn1.compress > 1]
             x_BTSD = self.run_block(
-                in_frames, x_BTSD, modulation_B6D, grid, text.for_block(i), text.key_lengths, kept_here, in_space
+                in_frames, x_BTSD, modulation_B6D, sites, text.for_block(i), text.key_lengths, kept_here, in_space
             )
             if not is_temporal:
                 continue
             if i == 0 and has_frame_table:
                 x_BTSD = x_BTSD + self.positions.in_time(like=x_BTSD)
-            x_BTSD = self.run_block(among_frames, x_BTSD, modulation_B6D, grid, in_time)
+            x_BTSD = self.run_block(among_frames, x_BTSD, modulation_B6D, sites, in_time)
         return x_BTSD
 
     def denoiser(
-        self, y: Tensor, mask: Tensor | None = None, *, with_variance: bool = False, **ignored: Any
+        self,
+        y: Tensor,
+        mask: Tensor | None = None,
+        *,
+        with_variance: bool = False,
+        sequence: SequenceShards | None = None,
+        **ignored: Any,
     ) -> Denoiser:
         """A function (x, timestep, x_mask=None) -> noise for one sampling run, with all that is constant done once.
 
         Shapes: y (R, 1, L, caption_channels) with mask (rows dividing R, L); x (B, C, T, H, W), timestep (B,), R a
         multiple of B: x serves each of the R / B parts of the text. Returns fp32 (R, C, T, H, W), or the variance's
-        channels too. A clip of one frame is an image, for which temporal attention is off.
+        channels too. A clip of one frame is an image, for which temporal attention is off. `sequence` as in `forward`.
         Errors: ValueError for an x_mask, since no frame can be given, and for shapes that do not fit.
         """
         text = self.prepare_text(y, mask)
@@ -196,7 +212,8 @@ class LatteT2V(VideoTransformer):
                     "LatteT2V: x_mask must be None, the model can't be given frames, "
                     f"got a tensor of shape {tuple(x_mask.shape)}"
                 )
-            return self.predict(x, timestep, text, is_temporal=x.shape[2] > 1, num_channels=num_channels)
+            options = {"num_channels": num_channels, "sequence": sequence}
+            return self.predict(x, timestep, text, is_temporal=x.shape[2] > 1, **options)
 
         return noise
 
@@ -211,15 +228,15 @@ class LatteT2V(VideoTransformer):
         text = select_tokens(y.squeeze(1).to(self.pos_embed.proj.weight.dtype), mask)
         return replace(text, tokens=self.caption_projection(text.tokens))
 
-    def _kept_patches(self, mask: Tensor | None) -> tuple[KeptTokens | None, KeptTokens | None]:
+    def _kept_patches(self, mask: Tensor | None, sites: Sites) -> tuple[Kept | None, Kept | None]:
         """A patch counts if any of its latents does, and a compressed one if any of its patches does."""
         if mask is None:
             return None, None
         if mask.ndim == 2:
-            return _kept_tokens(mask), None
+            return _kept(mask, sites), None
         patches = F.max_pool2d((mask != 0).float(), self.config.patch_size)
-        kept, factor = _kept_tokens(patches.flatten(1)), self.config.compress_kv_factor
-        return kept, _kept_tokens(F.max_pool2d(patches, factor).flatten(1)) if factor > 1 else None
+        kept, factor = _kept(patches.flatten(1), sites), self.config.compress_kv_factor
+        return kept, _kept(F.max_pool2d(patches, factor).flatten(1), sites) if factor > 1 else None
 
 
 def _rows(tensor: Tensor | None, start: int, stop: int | None = None) -> Tensor | None:
@@ -227,10 +244,13 @@ def _rows(tensor: Tensor | None, start: int, stop: int | None = None) -> Tensor 
     return None if tensor is None else tensor[:, start:stop].flatten(0, 1)
 
 
-def _kept_tokens(mask_RL: Tensor) -> KeptTokens | None:
+def _kept(mask_RL: Tensor, sites: Sites) -> Kept | None:
     """None where all are kept."""
-    kept = kept_tokens(_all_where_none(mask_RL != 0))
-    return None if kept.lengths is None and kept.num_tokens == mask_RL.shape[1] else kept
+    mask_RL = _all_where_none(mask_RL != 0)
+    kept = kept_tokens(mask_RL)
+    if kept.lengths is None and kept.num_tokens == mask_RL.shape[1]:
+        return None
+    return kept if sites.are_here else mask_RL
 
 
 def _all_where_none(mask_RL: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.config import LatteT2VConfig
-from opensora.models.layers import PatchEmbed3D, RotaryTable, linear_gelu, sinusoid
+from opensora.models.layers import RotaryTable, linear_gelu, sinusoid
+from opensora.models.patches import PatchEmbed3D, Sites
 from opensora.models.token_masks import KeptTokens
 from opensora_kernels import attention, gate_residual, modulate, qk_norm_attention, qk_norm_rope
 
-Grid = tuple[int, int]  # rows and columns of patches
+Kept = KeptTokens | Tensor  # which keys attention reads; where sites are spread over ranks, a mask of all of them
 
 
 class FramePatchEmbed(PatchEmbed3D):
@@ -130,15 +131,18 @@ class SelfAttention(Attention):
             nn.init.zeros_(self.sr.bias)
             self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x_BTSD: Tensor, grid: Grid, kept: KeptTokens | None, rope: RotaryTable | None) -> Tensor:
+    def forward(self, x_BTSD: Tensor, sites: Sites, kept: Kept | None, rope: RotaryTable | None) -> Tensor:
         """`kept` selects among the keys of each frame, of all B*T frames; `rope` turns the attended axis."""
-        sources = x_BTSD if self.compress == 1 else self.norm(self._compressed(x_BTSD, grid))
+        sources = x_BTSD if self.compress == 1 else self.norm(self._compressed(x_BTSD, sites))
         q, k, v = self.heads(self.to_q, x_BTSD), self.heads(self.to_k, sources), self.heads(self.to_v, sources)
         if self.axis == "time":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         elif rope is not None:
             q, k = _row_before_column(q), _row_before_column(k)
-        out = self._attend(q, k, v, kept, rope)
+        if self.axis == "time" or sites.are_here:
+            out = self._attend(q, k, v, kept, rope)
+        else:
+            out = self._attend_among_ranks(q, k, v, sites, kept, rope)
         if self.axis == "time":
             out = out.transpose(1, 2)
         # Contiguous, or the bias is added in a pass of its own.
@@ -156,15 +160,28 @@ class SelfAttention(Attention):
         key_lengths = None if kept.lengths is None else kept.lengths.unflatten(0, q.shape[:2])
         return attention(q, k, v, key_lengths=key_lengths)
 
-    def _compressed(self, x_BTSD: Tensor, grid: Grid) -> Tensor:
+    def _attend_among_ranks(
+        self, q: Tensor, k: Tensor, v: Tensor, sites: Sites, mask: Tensor | None, rope: RotaryTable | None
+    ) -> Tensor:
+        cos, sin = rope if rope is not None else (None, None)
+        key_mask = None if mask is None else mask.unflatten(0, q.shape[:2])
+        num_keys = sites.num_windows(self.compress)
+        rotation = {"cos": cos, "sin": sin, "rope_layout": "half"}
+        return sites.shards.attention(
+            q, k, v, sequence_length=sites.num, num_keys=num_keys, key_mask=key_mask, **rotation
+        )
+
+    def _compressed(self, x_BTSD: Tensor, sites: Sites) -> Tensor:
         """(B, T, S', D) or (B, T', S, D): convolutions over a view whose channels lie last in memory."""
         factor = self.compress
         if self.axis == "space":
-            x_BHWD = x_BTSD.flatten(0, 1).unflatten(1, grid)
-            out_BDHW = F.conv2d(
-                x_BHWD.permute(0, 3, 1, 2), self.sr.weight, self.sr.bias, stride=factor, groups=self.sr.groups
-            )
-            return out_BDHW.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, x_BTSD.shape[:2])
+            if sites.are_here:
+                return self._windows(x_BTSD, sites.rows, self.sr.bias)
+            # Each rank takes its own sites' part of every window: a windows' sum is less to send than its sites.
+            lines, before, after = sites.padding_to_windows(factor)
+            out_BTSD = self._windows(F.pad(x_BTSD, (0, 0, before, after)), lines, None)
+            out_BTSD = F.pad(out_BTSD, (0, 0, *sites.padding_of_windows(factor)))
+            return sites.shards.sum(out_BTSD, dim=2) + self.sr.bias.to(out_BTSD.dtype)
         if x_BTSD.shape[1] % 2:
             x_BTSD = torch.cat([x_BTSD[:, :1].expand(-1, factor - 1, -1, -1), x_BTSD], dim=1)
         out_BDTS = F.conv2d(
@@ -175,6 +192,13 @@ class SelfAttention(Attention):
             groups=self.sr.groups,
         )
         return out_BDTS.permute(0, 2, 3, 1)
+
+    def _windows(self, x_BTSD: Tensor, rows: int, bias: Tensor | None) -> Tensor:
+        x_BHWD = x_BTSD.flatten(0, 1).unflatten(1, (rows, -1))
+        out_BDHW = F.conv2d(
+            x_BHWD.permute(0, 3, 1, 2), self.sr.weight, bias, stride=self.compress, groups=self.sr.groups
+        )
+        return out_BDHW.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, x_BTSD.shape[:2])
 
 
 def _row_before_column(x: Tensor) -> Tensor:
@@ -198,17 +222,17 @@ class SpatialBlock(nn.Module):
         self,
         x_BTSD: Tensor,
         modulation_B6D: Tensor,
-        grid: Grid,
+        sites: Sites,
         text: Tensor | tuple[Tensor, Tensor],
         key_lengths: Tensor | None,
-        kept: KeptTokens | None = None,
+        kept: Kept | None = None,
         rope: RotaryTable | None = None,
     ) -> Tensor:
         conditions = (self.scale_shift_table + modulation_B6D).unbind(1)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = conditions
         axes, x = x_BTSD.shape[1:3], x_BTSD.flatten(1, 2)
         h = modulate(x, shift_attn, scale_attn, eps=self.eps).unflatten(1, axes)
-        x = gate_residual(x, self.attn1(h, grid, kept, rope).flatten(1, 2), gate_attn)
+        x = gate_residual(x, self.attn1(h, sites, kept, rope).flatten(1, 2), gate_attn)
         x = x + self.attn2(x, text, key_lengths)
         h = self.ff(modulate(x, shift_ff, scale_ff, eps=self.eps))
         return gate_residual(x, h, gate_ff).unflatten(1, axes)
@@ -224,11 +248,11 @@ class TemporalBlock(nn.Module):
         self.ff = FeedForward(dim, config.dropout)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
-    def forward(self, x_BTSD: Tensor, modulation_B6D: Tensor, grid: Grid, rope: RotaryTable | None = None) -> Tensor:
+    def forward(self, x_BTSD: Tensor, modulation_B6D: Tensor, sites: Sites, rope: RotaryTable | None = None) -> Tensor:
         conditions = (self.scale_shift_table + modulation_B6D).unbind(1)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = conditions
         axes, x = x_BTSD.shape[1:3], x_BTSD.flatten(1, 2)
         h = modulate(x, shift_attn, scale_attn, eps=self.eps).unflatten(1, axes)
-        h = self.attn1(h, grid, None, rope).flatten(1, 2)
+        h = self.attn1(h, sites, None, rope).flatten(1, 2)
         x, h = gate_residual(x, h, gate_attn, shift=shift_ff, scale=scale_ff, eps=self.eps)
         return gate_residual(x, self.ff(h), gate_ff).unflatten(1, axes)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from opensora.models.patches import Sites
 from opensora.models.tables import TableCache
 from opensora.models.token_masks import kept_tokens
 from opensora_kernels import attention, gate_residual, modulate, qk_norm_attention, rms_norm
@@ -59,43 +60,6 @@ class RotaryEmbedding(nn.Module):
         freqs = self.freqs if self.exact_dtype else self._frequencies(self.freqs.device)
         angles = torch.arange(num_positions, device=freqs.device, dtype=freqs.dtype)[:, None] * freqs
         return RotaryTable(angles.cos(), angles.sin())
-
-
-class PatchEmbed3D(nn.Module):
-    """Non-overlapping patches to tokens: (B, C, T, H, W) -> (B, T', H'*W', D), zero-padded at the far sides.
-
-    `proj` is upstream's Conv3d, but kernel = stride makes it a matrix product over gathered patches, which every
-    backend runs at full speed.
-    """
-
-    def __init__(self, patch_size: tuple[int, int, int], in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv3d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def grid(self, x_BCTHW: Tensor) -> tuple[int, int, int]:
-        """Patches along time, height and width."""
-        t, h, w = (-(-size // patch) for size, patch in zip(x_BCTHW.shape[2:], self.patch_size, strict=True))
-        return t, h, w
-
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        (t, h, w), (pt, ph, pw) = self.grid(x_BCTHW), self.patch_size
-        b, c, *have = x_BCTHW.shape
-        if (t * pt, h * ph, w * pw) != tuple(have):
-            x_BCTHW = F.pad(x_BCTHW, (0, w * pw - have[2], 0, h * ph - have[1], 0, t * pt - have[0]))
-        patches = x_BCTHW.reshape(b, c, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        return F.linear(patches.reshape(b, t, h * w, -1), self.proj.weight.flatten(1), self.proj.bias)
-
-
-def unpatchify(
-    x_BTSP: Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int], size: tuple[int, ...]
-) -> Tensor:
-    """Tokens of p_t*p_h*p_w*C values (C fastest) to (B, C, T, H, W), cropped to `size`, in fp32."""
-    (t, h, w), (pt, ph, pw) = grid, patch_size
-    b = x_BTSP.shape[0]
-    x = x_BTSP.view(b, t, h, w, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    x = x.reshape(b, -1, t * pt, h * ph, w * pw)
-    return x[:, :, : size[0], : size[1], : size[2]].float()
 
 
 class PositionEmbedding2D(nn.Module):
@@ -254,21 +218,24 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BTSD: Tensor, rope: RotaryTable | None = None) -> Tensor:
+    def forward(self, x_BTSD: Tensor, rope: RotaryTable | None = None, sites: Sites | None = None) -> Tensor:
+        """`sites`, for axis "space": what x holds of them; all without."""
         q, k, v = self.qkv(x_BTSD).unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # each (B, T, S, N, K)
         if self.axis == "time":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = self.attend(q, k, v, rope)
+        out = self.attend(q, k, v, rope, sites)
         if self.axis == "time":
             out = out.transpose(1, 2)
         # Contiguous, or the bias is added in a pass of its own.
         return self.proj(out.flatten(-2).contiguous())
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: RotaryTable | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: RotaryTable | None, sites: Sites | None) -> Tensor:
         """Attention over the third axis of (B, T, S, N, K) or (B, S, T, N, K)."""
         weights = (None, None) if isinstance(self.q_norm, nn.Identity) else (self.q_norm.weight, self.k_norm.weight)
         cos, sin = rope if rope is not None else (None, None)
-        return qk_norm_attention(q, k, v, *weights, cos=cos, sin=sin, order=self.order)
+        if sites is None or sites.are_here:
+            return qk_norm_attention(q, k, v, *weights, cos=cos, sin=sin, order=self.order)
+        return sites.shards.attention(q, k, v, *weights, sequence_length=sites.num, order=self.order)
 
 
 @dataclass(frozen=True)

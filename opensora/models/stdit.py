@@ -18,7 +18,6 @@ from opensora.models.layers import (
     CrossAttention,
     FinalLayer,
     Mlp,
-    PatchEmbed3D,
     SelfAttention,
     TextContext,
     TimestepEmbedder,
@@ -28,9 +27,10 @@ from opensora.models.layers import (
     sine_table,
     thinned,
     timestep_sets,
-    unpatchify,
 )
+from opensora.models.patches import PatchEmbed3D, Sites, unpatchify
 from opensora.models.stdit_base import OneStackSTDiT
+from opensora_kernels import SequenceShards
 
 
 class STDiT(OneStackSTDiT):
@@ -81,6 +81,7 @@ class STDiT(OneStackSTDiT):
         *,
         with_variance: bool = True,
         generator: Generator | None = None,
+        sequence: SequenceShards | None = None,
         **ignored: Any,
     ) -> Tensor:
         """One evaluation of the network.
@@ -91,24 +92,28 @@ class STDiT(OneStackSTDiT):
         its k parts. x may be of any size; positions beyond those of config.input_size go on at the same distance,
         which upstream refuses.
         Returns fp32 (rows of y, 2C or C, T, H, W): C without pred_sigma or `with_variance`.
-        Other keyword arguments (fps, height, width, ...) are ignored. `generator` draws caption dropout.
+        Other keyword arguments (fps, height, width, ...) are ignored. `generator` draws caption dropout. `sequence`
+        spreads the sites of each frame over ranks, which are given and return the same: see `Sites`.
         Errors: ValueError when the mask does not fit y.
         """
         dtype = self.x_embedder.proj.weight.dtype
         text = y if isinstance(y, TextContext) else self.embed_text(y, mask, generator=generator)
         grid = self.x_embedder.grid(x)
         space_1SD, time_1TD = self.position_tables(grid)
-        tokens = self.x_embedder(x.to(dtype)) + space_1SD
+        sites = Sites(*grid[1:], sequence)
+        tokens = self.x_embedder(x.to(dtype), sites) + sites.cut(space_1SD, dim=1)
         tokens, timestep, x_mask = self.for_each_text(text, tokens, timestep, x_mask)
 
         t_GBD = self.embed_timestep(timestep.to(dtype), with_zero=x_mask is not None)
         t6_GB6D = self.t_block(t_GBD).unflatten(-1, (6, -1))
         for i, block in enumerate(self.blocks):
             time_table = time_1TD if i == 0 else None
-            tokens = self.run_block(block, tokens, text.for_block(i), text.key_lengths, t6_GB6D, x_mask, time_table)
+            tokens = self.run_block(
+                block, tokens, text.for_block(i), text.key_lengths, t6_GB6D, x_mask, sites, time_table
+            )
         num_channels = None if with_variance else self.config.in_channels
         out = self.final_layer(tokens.flatten(1, 2), t_GBD, x_mask, num_channels=num_channels)
-        return unpatchify(out, grid, self.config.patch_size, tuple(x.shape[2:]))
+        return unpatchify(out, sites, grid, self.config.patch_size, tuple(x.shape[2:]))
 
     def position_tables(self, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """(1, S, D) and (1, T, D) for a grid of patches: the stored ones, or those of another size."""
@@ -158,6 +163,7 @@ class STDiTBlock(nn.Module):
         key_lengths: Tensor | None,
         t6_GB6D: Tensor,
         frame_mask: Tensor | None = None,
+        sites: Sites | None = None,
         time_table_1TD: Tensor | None = None,
     ) -> Tensor:
         """`time_table_1TD` is added to what temporal attention reads, and not to the tokens themselves."""
@@ -166,7 +172,7 @@ class STDiTBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = conditions
 
         x = x_BTSD.flatten(1, 2)
-        h = self.attn(modulated(x, shift_attn, scale_attn, frame_mask).unflatten(1, axes))
+        h = self.attn(modulated(x, shift_attn, scale_attn, frame_mask).unflatten(1, axes), sites=sites)
         x = gated(x, h.flatten(1, 2), thinned(gate_attn, drop_path), frame_mask)
         u = x.unflatten(1, axes)
         h = self.attn_temp(u if time_table_1TD is None else u + time_table_1TD[:, :, None])

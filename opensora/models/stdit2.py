@@ -19,7 +19,6 @@ from opensora.models.layers import (
     CrossAttention,
     FinalLayer,
     Mlp,
-    PatchEmbed3D,
     PositionEmbedding2D,
     RotaryEmbedding,
     RotaryTable,
@@ -31,9 +30,10 @@ from opensora.models.layers import (
     modulated,
     thinned,
     timestep_sets,
-    unpatchify,
 )
+from opensora.models.patches import PatchEmbed3D, Sites, unpatchify
 from opensora.models.stdit_base import AnySizeSTDiT, OneStackSTDiT, first
+from opensora_kernels import SequenceShards
 
 
 class Conditions(NamedTuple):
@@ -95,6 +95,7 @@ class STDiT2(OneStackSTDiT, AnySizeSTDiT):
         with_variance: bool = True,
         pixels: tuple[float, float] | None = None,
         generator: Generator | None = None,
+        sequence: SequenceShards | None = None,
     ) -> Tensor:
         """One evaluation of the network.
 
@@ -105,7 +106,8 @@ class STDiT2(OneStackSTDiT, AnySizeSTDiT):
         an image. y may have k*B rows: all else then serves each of its k parts.
         Returns fp32 (rows of y, 2C or C, T, H, W): C without pred_sigma or `with_variance`.
         `pixels` is sample 0's (height, width) on the host, which spares a device the wait. `generator` draws caption
-        dropout.
+        dropout. `sequence` spreads the sites of each frame over ranks, which are given and return the same: see
+        `Sites`.
         Errors: ValueError when a number of the clip is missing, or the mask does not fit y.
         """
         clip = {"num_frames": num_frames, "height": height, "width": width, "ar": ar, "fps": fps}
@@ -113,16 +115,18 @@ class STDiT2(OneStackSTDiT, AnySizeSTDiT):
         dtype = self.x_embedder.proj.weight.dtype
         text = y if isinstance(y, TextContext) else self.embed_text(y, mask, generator=generator)
         grid = self.x_embedder.grid(x)
-        tokens = self.x_embedder(x.to(dtype)) + self.position_table(grid, *(pixels or (first(height), first(width))))
+        sites = Sites(*grid[1:], sequence)
+        table_1SD = self.position_table(grid, *(pixels or (first(height), first(width))))
+        tokens = self.x_embedder(x.to(dtype), sites) + sites.cut(table_1SD, dim=1)
         tokens, timestep, x_mask = self.for_each_text(text, tokens, timestep, x_mask)
 
         conditions = self.embed_conditions(timestep.to(dtype), clip, with_zero=x_mask is not None)
         rope = self.rope(tokens.shape[1])
         for i, block in enumerate(self.blocks):
-            tokens = self.run_block(block, tokens, text.for_block(i), text.key_lengths, conditions, x_mask, rope)
+            tokens = self.run_block(block, tokens, text.for_block(i), text.key_lengths, conditions, x_mask, rope, sites)
         num_channels = None if with_variance else self.config.in_channels
         out = self.final_layer(tokens.flatten(1, 2), conditions.final_GBD, x_mask, num_channels=num_channels)
-        return unpatchify(out, grid, self.config.patch_size, tuple(x.shape[2:]))
+        return unpatchify(out, sites, grid, self.config.patch_size, tuple(x.shape[2:]))
 
     def embed_conditions(self, timestep: Tensor, clip: dict[str, Tensor], *, with_zero: bool) -> Conditions:
         """The picture's size goes to the spatial half of a block, the clip's length to temporal attention.
@@ -184,6 +188,7 @@ class STDiT2Block(nn.Module):
         conditions: Conditions,
         frame_mask: Tensor | None = None,
         rope: RotaryTable | None = None,
+        sites: Sites | None = None,
     ) -> Tensor:
         axes, drop_path = x_BTSD.shape[1:3], self.drop_path if self.training else 0.0
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = timestep_sets(
@@ -192,7 +197,7 @@ class STDiT2Block(nn.Module):
         shift_time, scale_time, gate_time = timestep_sets(self.scale_shift_table_temporal, conditions.time_GB3D)
 
         x = x_BTSD.flatten(1, 2)
-        h = self.attn(modulated(x, shift_attn, scale_attn, frame_mask).unflatten(1, axes))
+        h = self.attn(modulated(x, shift_attn, scale_attn, frame_mask).unflatten(1, axes), sites=sites)
         x = gated(x, h.flatten(1, 2), thinned(gate_attn, drop_path), frame_mask)
         h = self.attn_temp(modulated(x, shift_time, scale_time, frame_mask).unflatten(1, axes), rope)
         x = gated(x, h.flatten(1, 2), thinned(gate_time, drop_path), frame_mask)

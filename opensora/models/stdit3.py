@@ -18,7 +18,6 @@ from opensora.models.layers import (
     CrossAttention,
     FinalLayer,
     Mlp,
-    PatchEmbed3D,
     PositionEmbedding2D,
     RotaryEmbedding,
     RotaryTable,
@@ -31,9 +30,10 @@ from opensora.models.layers import (
     thinned,
     timestep_sets,
     unpack_tokens,
-    unpatchify,
 )
+from opensora.models.patches import PatchEmbed3D, Sites, unpatchify
 from opensora.models.stdit_base import AnySizeSTDiT, first
+from opensora_kernels import SequenceShards
 
 
 class STDiT3(AnySizeSTDiT):
@@ -84,6 +84,7 @@ class STDiT3(AnySizeSTDiT):
         *,
         with_variance: bool = True,
         generator: Generator | None = None,
+        sequence: SequenceShards | None = None,
         **ignored: Any,
     ) -> Tensor:
         """One evaluation of the network.
@@ -94,30 +95,35 @@ class STDiT3(AnySizeSTDiT):
         pixels, of which sample 0 counts. y may have k*B rows: x, timestep and x_mask then serve each of its k parts.
         Returns fp32 (rows of y, 2C or C, T, H, W): C without pred_sigma or `with_variance`.
         Other keyword arguments (num_frames, ar) are ignored as upstream does. `generator` draws caption dropout.
+        `sequence` spreads the sites of each frame over ranks, which are given and return the same: see `Sites`.
         Errors: ValueError when fps, height or width is missing, or the mask does not fit y.
         """
         self.require({"fps": fps, "height": height, "width": width})
         dtype = self.x_embedder.proj.weight.dtype
         text = y if isinstance(y, TextContext) else self.embed_text(y, mask, generator=generator)
         grid = self.x_embedder.grid(x)
-        tokens = self.x_embedder(x.to(dtype)) + self.position_table(grid, first(height), first(width))
+        sites = Sites(*grid[1:], sequence)
+        table_1SD = sites.cut(self.position_table(grid, first(height), first(width)), dim=1)
+        tokens = self.x_embedder(x.to(dtype), sites) + table_1SD
         tokens, timestep, x_mask = self.for_each_text(text, tokens, timestep, x_mask)
 
         rate_BD = self.fps_embedder(fps, timestep.shape[0])
         t_GBD = self.embed_timestep(timestep.to(dtype), with_zero=x_mask is not None) + rate_BD
         t6_GB6D = self.t_block(t_GBD).unflatten(-1, (6, -1))
-        tokens = self.run_blocks(tokens, text, t6_GB6D, x_mask)
+        tokens = self.run_blocks(tokens, text, t6_GB6D, x_mask, sites)
         num_channels = None if with_variance else self.config.in_channels
         out = self.final_layer(tokens.flatten(1, 2), t_GBD, x_mask, num_channels=num_channels)
-        return unpatchify(out, grid, self.config.patch_size, tuple(x.shape[2:]))
+        return unpatchify(out, sites, grid, self.config.patch_size, tuple(x.shape[2:]))
 
-    def run_blocks(self, x_BTSD: Tensor, text: TextContext, t6_GB6D: Tensor, frame_mask: Tensor | None) -> Tensor:
-        """Spatial block i, then temporal block i. S may be a shard of the sites: only spatial attention spans them."""
+    def run_blocks(
+        self, x_BTSD: Tensor, text: TextContext, t6_GB6D: Tensor, frame_mask: Tensor | None, sites: Sites
+    ) -> Tensor:
+        """Spatial block i, then temporal block i."""
         rope = self.rope(x_BTSD.shape[1])
         for i, pair in enumerate(zip(self.spatial_blocks, self.temporal_blocks, strict=True)):
             for j, block in enumerate(pair):
                 x_BTSD = self.run_block(
-                    block, x_BTSD, text.for_block(2 * i + j), text.key_lengths, t6_GB6D, frame_mask, rope
+                    block, x_BTSD, text.for_block(2 * i + j), text.key_lengths, t6_GB6D, frame_mask, rope, sites
                 )
         return x_BTSD
 
@@ -168,6 +174,7 @@ class STDiT3Block(nn.Module):
         t6_GB6D: Tensor,
         frame_mask: Tensor | None = None,
         rope: RotaryTable | None = None,
+        sites: Sites | None = None,
     ) -> Tensor:
         axes, drop_path = x_BTSD.shape[1:3], self.drop_path if self.training else 0.0
         conditions = timestep_sets(self.scale_shift_table, t6_GB6D)
@@ -175,7 +182,7 @@ class STDiT3Block(nn.Module):
 
         x = x_BTSD.flatten(1, 2)
         h = modulated(x, shift_attn, scale_attn, frame_mask).unflatten(1, axes)
-        h = self.attn(h, rope if self.axis == "time" else None)
+        h = self.attn(h, rope) if self.axis == "time" else self.attn(h, sites=sites)
         x = gated(x, h.flatten(1, 2), thinned(gate_attn, drop_path), frame_mask)
         x = x + self.cross_attn(x, text, key_lengths)
         h = self.mlp(modulated(x, shift_mlp, scale_mlp, frame_mask))

@@ -16,12 +16,13 @@ from opensora.models.layers import (
     CaptionEmbedder,
     CrossAttention,
     FinalLayer,
-    PatchEmbed3D,
     PositionEmbedding2D,
     TextContext,
     TimestepEmbedder,
     select_tokens,
 )
+from opensora.models.patches import PatchEmbed3D
+from opensora_kernels import SequenceShards
 
 
 class STDiTBase(VideoTransformer):
@@ -39,19 +40,25 @@ class STDiTBase(VideoTransformer):
         return self.y_embedder.y_embedding
 
     def denoiser(
-        self, y: Tensor, mask: Tensor | None = None, *, with_variance: bool = False, **arguments: Any
+        self,
+        y: Tensor,
+        mask: Tensor | None = None,
+        *,
+        with_variance: bool = False,
+        sequence: SequenceShards | None = None,
+        **arguments: Any,
     ) -> Denoiser:
         """A function (x, timestep, x_mask=None) -> output for one sampling run, with all that is constant done once.
 
-        Shapes: y (k*B, 1, L, caption_channels) and mask as `forward` takes them, as are `arguments`, the numbers of
-        the clip; x (B, C, T, H, W). The output, (k*B, C, T, H, W), has 2C channels with `with_variance`; without,
-        the second half is not computed. Errors: ValueError when a number of the clip is missing.
+        Shapes: y (k*B, 1, L, caption_channels) and mask as `forward` takes them, as are `sequence` and `arguments`, the
+        numbers of the clip; x (B, C, T, H, W). The output, (k*B, C, T, H, W), has 2C channels with `with_variance`;
+        without, the second half is not computed. Errors: ValueError when a number of the clip is missing.
         """
-        constants = self.constants(arguments)
+        constants = {**self.constants(arguments), "with_variance": with_variance, "sequence": sequence}
         text = self.prepare_text(y, mask)
 
         def denoise(x: Tensor, timestep: Tensor, x_mask: Tensor | None = None) -> Tensor:
-            return self(x, timestep, text, x_mask=x_mask, with_variance=with_variance, **constants)
+            return self(x, timestep, text, x_mask=x_mask, **constants)
 
         return denoise
 

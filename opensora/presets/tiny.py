@@ -171,7 +171,7 @@ def training_uniform() -> TrainConfig:
     """From nothing, at all times alike: colours, sharpness, and shapes that do not yet stay one."""
     return TrainConfig(
         transformer=transformer(),
-        flow=replace(flow(), use_timestep_transform=False, transform_scale=1.0),
+        scheduler=replace(flow(), use_timestep_transform=False, transform_scale=1.0),
         data=_clips("train", batch_size=16),
         optimizer=OptimizerConfig(
             lr=1e-3, eps=1e-8, warmup_steps=200, decay="cosine", final_lr_ratio=0.02, ema_decay=0.998
@@ -206,7 +206,7 @@ def training_shifted() -> TrainConfig:
     uniform = training_uniform()
     return replace(
         uniform,
-        flow=flow(),
+        scheduler=flow(),
         run=replace(uniform.run, output="outputs/tiny-shifted", steps=2000),
         initial_transformer=f"{uniform.run.output}/model/transformer",
         text_encoder=f"{uniform.run.output}/model/text_encoder",
@@ -222,7 +222,7 @@ def training_motion() -> TrainConfig:
     shifted = training_shifted()
     return replace(
         shifted,
-        flow=replace(flow(), transform_scale=107.0),
+        scheduler=replace(flow(), transform_scale=107.0),
         mask_ratios={**shifted.mask_ratios, "image_head": 0.3},
         run=replace(shifted.run, output="outputs/tiny", steps=3600),
         initial_transformer=f"{shifted.run.output}/model/transformer",

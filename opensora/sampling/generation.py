@@ -34,6 +34,7 @@ from opensora.sampling.plan import Plan, Progress
 from opensora.sampling.requests import Request
 from opensora.sampling.stages import StageMeter
 from opensora.schedulers import KnownRegion, with_given_frames
+from opensora_kernels import SequenceShards
 from opensora_kernels.vae import decode, gather
 
 Texts = dict[str, tuple[Tensor, Tensor]]
@@ -42,12 +43,13 @@ Texts = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class ModelsAtWork:
-    """A VAE and a transformer, where they work, and in which dtype."""
+    """A VAE and a transformer, where they work, in which dtype, and over which ranks the transformer's tokens lie."""
 
     vae: Any
     transformer: nn.Module
     workplace: Workplace
     dtype: torch.dtype
+    sequence: SequenceShards | None = None
 
 
 class Generation:
@@ -168,13 +170,16 @@ class Generation:
             known, z = with_given_frames(known, z, mask_BT, lambda z: noise_BCTHW)
             mask_BT = None
         y_B1LC, null_B1LC, mask_BL = self._text_of(loop)
+        arguments: dict[str, Any] = plan.arguments(len(z), self.device, self.models.dtype)
+        if self.models.sequence is not None:
+            arguments["sequence"] = self.models.sequence
         return plan.scheduler.sample(
             transformer,
             z,
             y_B1LC,
             null_B1LC,
             mask_BL,
-            arguments=plan.arguments(len(z), self.device, self.models.dtype),
+            arguments=arguments,
             frame_mask=mask_BT,
             region=known,
             draw_noise=self.noise.batch,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from opensora.device_memory import peak_memory, reset_peak_memory
 
 
 @dataclass
@@ -49,26 +48,3 @@ class StageMeter:
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Begin again with the memory in use now; on a CPU where the system can do that, which is Linux."""
-    if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats()
-    elif sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to the present use
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the accelerator's allocated memory, or the resident memory of the process, at most since the reset."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -246,11 +246,22 @@ class IDDPM:
         bound = torch.where((t == 0).view(-1, 1, 1, 1, 1), likelihood, divergence) / math.log(2)
         return LossTerms(masked_mean(error, frame_mask, loss_mask), masked_mean(bound, frame_mask, loss_mask))
 
-    def training_timesteps(self, batch: int, device: torch.device, *, generator: Generator | None = None) -> Tensor:
-        """Random timesteps (B,) int64."""
+    def training_timesteps(
+        self,
+        batch: int,
+        device: torch.device,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Random timesteps (B,) int64, whatever the sizes in `arguments`."""
         if self.speed is not None:
             return self.speed.draw(batch, device, generator)
         return torch.randint(0, self.config.num_timesteps, (batch,), device=device, generator=generator)
+
+    def timesteps_at(self, share: float, batch: int, device: torch.device) -> Tensor:
+        """(B,) int64 times the timestep nearest to `share` of the way from clean to noise."""
+        return torch.full((batch,), round(share * (self.config.num_timesteps - 1)), device=device)
 
     def _chain(self, respacing: str) -> GaussianDiffusion:
         total = self.config.num_timesteps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Generator, Tensor
 
 from opensora.config import SchedulerConfig
@@ -50,6 +51,21 @@ class Scheduler(Protocol):
 @runtime_checkable
 class TrainingScheduler(Scheduler, Protocol):
     """A scheduler that models are trained with, too: RectifiedFlow and IDDPM."""
+
+    def training_timesteps(
+        self,
+        batch: int,
+        device: torch.device,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Random timesteps (B,) as models are trained at them; `arguments` may hold the clip's sizes."""
+        ...
+
+    def timesteps_at(self, share: float, batch: int, device: torch.device) -> Tensor:
+        """(B,) times the timestep that lies `share` of the way from clean to noise, as `training_losses` takes it."""
+        ...
 
     def training_losses(
         self,

@@ -172,11 +172,11 @@ class RectifiedFlow:
         self,
         batch: int,
         device: torch.device,
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, Any] | None = None,
         *,
         generator: Generator | None = None,
     ) -> Tensor:
-        """Random timesteps (B,): integers, uniform, or logit-normal, then the timestep transform."""
+        """Random timesteps (B,): integers, uniform, or logit-normal, then the timestep transform by `arguments`."""
         config, options = self.config, {"device": device, "generator": generator}
         if config.use_discrete_timesteps:
             t = torch.randint(0, config.num_timesteps, (batch,), **options).float()
@@ -185,9 +185,13 @@ class RectifiedFlow:
         else:
             t = torch.sigmoid(torch.randn(batch, **options) * config.scale + config.loc) * config.num_timesteps
         if config.use_timestep_transform:
-            height, width, num_frames = self._sizes(arguments, device)
+            height, width, num_frames = self._sizes(arguments or {}, device)
             t = self.transform(t, height, width, num_frames, scale=config.transform_scale)
         return t
+
+    def timesteps_at(self, share: float, batch: int, device: torch.device) -> Tensor:
+        """(B,) times the timestep `share` of the way from clean to noise, without the timestep transform."""
+        return torch.full((batch,), share * self.config.num_timesteps, device=device)
 
     def transform(self, t: Tensor, height: Tensor, width: Tensor, num_frames: Tensor, *, scale: float = 1.0) -> Tensor:
         """`timestep_transform` with this flow's limits; raises ValueError where upstream would give NaN."""

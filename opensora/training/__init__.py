@@ -6,12 +6,15 @@ This room knows no model: a trainer hands the loop a `Job` (modules, batches, a 
 from opensora.training.batches import LoaderBatches, ShuffledBatches
 from opensora.training.checkpoint import Checkpoints
 from opensora.training.ema import EMA
-from opensora.training.loop import Batches, Job, TrainingResult, prepare_process, run_job
+from opensora.training.job import Adversary, Batches, Job, TrainingResult
+from opensora.training.loop import run_job
 from opensora.training.optimizer import build_optimizer, learning_rate
+from opensora.training.randomness import prepare_process
 from opensora.training.weights import TrainedWeights
 
 __all__ = [
     "EMA",
+    "Adversary",
     "Batches",
     "Checkpoints",
     "Job",

@@ -1,4 +1,4 @@
-"""Which samples form the next batch: shuffled every epoch, and resumable from three integers."""
+"""Which samples form the next batch: shuffled every epoch, and resumable from two integers."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ class ShuffledBatches(Generic[BatchT]):
     """An endless iterator over batches of samples held in memory.
 
     Only samples with equal `keys` (say, their shapes) share a batch. Each epoch shuffles the samples and then the
-    batches with a generator seeded by seed + epoch, so that {epoch, position} is the whole state. A remainder smaller
-    than `batch_size` is dropped, except where a key has fewer samples than one batch: those are repeated to fill it.
-    Across ranks, batch i of an epoch goes to rank i % `world_size`.
+    batches with a generator seeded by seed + epoch. A remainder smaller than `batch_size` is dropped, except where a
+    key has fewer samples than one batch: those are repeated to fill it.
+    Epochs follow each other in one sequence of batches, of which rank r takes every `world_size`-th from the r-th on:
+    {seed, number of batches taken by all ranks} is the whole state, for any number of ranks.
     """
 
     def __init__(
@@ -71,29 +72,26 @@ class ShuffledBatches(Generic[BatchT]):
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
+        self._num_taken = 0
         self._epoch = 0
-        self._position = 0
         self._order = self._order_of(0)
 
     def __iter__(self) -> ShuffledBatches[BatchT]:
         return self
 
     def __next__(self) -> BatchT:
-        if self._position >= len(self._order):
-            self._epoch += 1
-            self._position = 0
-            self._order = self._order_of(self._epoch)
-        indices = self._order[self._position]
-        self._position += 1
-        return self._load(indices)
+        epoch, position = divmod(self._num_taken + self._rank, len(self._order))  # all epochs have one length
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._order_of(epoch)
+        self._num_taken += self._world_size
+        return self._load(self._order[position])
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "position": self._position, "seed": self._seed}
+        return {"seed": self._seed, "num_taken": self._num_taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._seed = state["seed"]
-        self._epoch = state["epoch"]
-        self._position = state["position"]
+        self._seed, self._num_taken = state["seed"], state["num_taken"]
+        self._epoch = self._num_taken // len(self._order)
         self._order = self._order_of(self._epoch)
 
     def _order_of(self, epoch: int) -> list[list[int]]:
@@ -105,6 +103,4 @@ class ShuffledBatches(Generic[BatchT]):
                 shuffled = (shuffled * self._batch_size)[: self._batch_size]
             stop = len(shuffled) - self._batch_size + 1
             batches += [shuffled[i : i + self._batch_size] for i in range(0, stop, self._batch_size)]
-        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        missing = -len(batches) % self._world_size
-        return (batches + batches[:missing])[self._rank :: self._world_size]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,90 +1,53 @@
-"""The training loop: gradient accumulation, clipping, averaging, checkpoints, exact resume and clean stops."""
+"""The training loop: gradient accumulation, clipping, averaging, checkpoints, exact resume and clean stops.
+
+One process and many run the same loop; `ParallelContext` says where they differ.
+"""
 
 from __future__ import annotations
 
-import random
-import signal
+import platform
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from opensora.config import OptimizerConfig, RunConfig
 from opensora.parallel import DTYPES, ParallelContext
-from opensora.training.checkpoint import Checkpoints, random_state, replace_folder, set_random_state
-from opensora.training.ema import EMA
-from opensora.training.optimizer import build_optimizer, learning_rate
-from opensora.training.records import Records
-from opensora.training.weights import TrainedWeights
-
-
-class Batches(Protocol):
-    """An endless iterator over batches whose position can be saved."""
-
-    def __next__(self) -> Any: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one training does that others do not.
-
-    `modules` are trained (their parameters that require a gradient); `loss` maps a batch to (scalar, scalars to log).
-    `export(folder, states)` writes a model folder from {module: state}; `sample(folder, step)` writes examples and
-    returns scalars to log; both run with the averaged weights in the modules. `config` is recorded in every checkpoint.
-    """
-
-    modules: Mapping[str, nn.Module]
-    batches: Batches
-    loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
-    export: Callable[[Path, dict[str, dict[str, Tensor]]], None]
-    config: Any
-    sample: Callable[[Path, int], Mapping[str, float]] | None = None
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """Where a training ended. `was_stopped` means Ctrl-C: the checkpoint is there and resuming goes on exactly."""
-
-    step: int
-    loss: float
-    was_stopped: bool
-    checkpoint: Path
-    model: Path
-
-
-def prepare_process(run: RunConfig) -> None:
-    """Seeds torch, NumPy and Python and sets the number of threads, if one is asked for.
-
-    Call before the modules are built, so that their weights follow the seed.
-    """
-    if run.num_threads is not None:
-        torch.set_num_threads(run.num_threads)
-    torch.manual_seed(run.seed)
-    np.random.seed(run.seed % 2**32)
-    random.seed(run.seed)
+from opensora.training.ceiling import ceiling_flops
+from opensora.training.checkpoint import Checkpoints
+from opensora.training.files import replace_folder
+from opensora.training.interrupts import stop_on_interrupt
+from opensora.training.job import Job, TrainingResult
+from opensora.training.players import Player
+from opensora.training.randomness import seed_between_steps, seed_micro_batch
+from opensora.training.records import Records, write_run_record
+from opensora.training.resuming import check_checkpoint, differences, is_restart_of_this_launch, plain, remember_launch
+from opensora.training.sums import Sums
+from opensora.training.throughput import WORK
+from opensora.training.watch import LossWatch, Verdict
 
 
 def run_job(
     job: Job, optimizer_config: OptimizerConfig, run: RunConfig, context: ParallelContext, *, resume: bool
 ) -> TrainingResult:
-    """Trains until `run.steps`, Ctrl-C or an error.
+    """Trains until `run.steps`, Ctrl-C on any rank, or an error.
 
     Leaves in `run.output`: checkpoints/, model/ (averaged weights, replaced as a whole at each checkpoint), losses.csv,
-    tensorboard/ and samples/. With `resume` it continues from the newest checkpoint, if any: on the CPU with the same
-    number of threads, losses are those of an unbroken run, bit for bit.
+    tensorboard/ and samples/. With `resume`, or when the launcher has restarted this run, it continues from the newest
+    checkpoint, if any, on any number of ranks: on the CPU with as many ranks and threads as before, losses are those of
+    an unbroken run, bit for bit.
 
-    Errors: ValueError when `output` already holds checkpoints and `resume` is false, or when they do not fit the model;
-    FloatingPointError at the first loss or gradient that is not finite; OSError when a checkpoint cannot be written.
-    In the last two cases the last good checkpoint stays.
+    Errors: ValueError when `output` already holds checkpoints and `resume` is false, or when they are of another
+    recipe or model; FloatingPointError at a loss or gradient that is not finite or too large, where `run.on_bad_loss`
+    is "stop" or there were too many; OSError when a checkpoint cannot be written; ConnectionError when another rank is
+    gone, at most `parallel.timeout` seconds later. In the last three cases the last good checkpoint stays.
     """
     loop = _Loop(job, optimizer_config, run, context)
     loop.restore(resume)
@@ -93,187 +56,266 @@ def run_job(
 
 class _Loop:
     def __init__(self, job: Job, optimizer_config: OptimizerConfig, run: RunConfig, context: ParallelContext) -> None:
-        _check(optimizer_config, run)
+        _check(job, optimizer_config, run)
         self.job = job
-        self.config = optimizer_config
+        self.num_micro_batches = optimizer_config.accumulation_steps
         self.run_config = run
         self.context = context
         self.output = Path(run.output)
-        self.weights = TrainedWeights(job.modules, DTYPES[run.dtype])
-        self.optimizer = build_optimizer(self.weights.masters, optimizer_config)
-        self.ema = EMA(self.weights.masters, optimizer_config.ema_decay)
-        self.checkpoints = Checkpoints(self.output / "checkpoints", keep=run.keep_checkpoints)
+        dtype = DTYPES[run.dtype]
+        self.player = Player("", job.modules, optimizer_config, dtype, context)
+        self.players = [self.player]
+        if job.adversary is not None:
+            modules, config = job.adversary.modules, job.adversary.optimizer
+            self.players.append(Player("adversary.", modules, config, dtype, context, averages=False))
+        self.checkpoints = Checkpoints(self.output / "checkpoints", keep=run.keep_checkpoints, context=context)
+        self.watch = LossWatch(run)
         self.step = 0
+        self.saved_step = -1
         self.loss = float("nan")
+        self.is_stopping = False
         self.notes: list[str] = []
 
     def restore(self, resume: bool) -> None:
-        latest = self.checkpoints.latest()
-        if latest is None:
-            return
-        if not resume:
+        if self.context.is_main:
+            self.checkpoints.remove_unfinished()
+        latest = self.checkpoints.agreed_latest()
+        is_restart = self.context.from_main(is_restart_of_this_launch(self.output, self.context))
+        if latest is not None and not (resume or is_restart):
             raise ValueError(
                 f"output: must be a folder without checkpoints unless resuming, got {self.output} with {latest.name}"
             )
-        tensors, state = Checkpoints.load(latest)
-        self.weights.load_state_dict(tensors["weights"])
-        with torch.no_grad():
-            for name, average in zip(self.weights.names, self.ema.averages, strict=True):
-                average.copy_(tensors["ema"][name])
-        self._load_optimizer(tensors["optimizer"])
+        if self.context.is_main:
+            remember_launch(self.output, self.context)
+        if latest is None:
+            return
+        state = self._load(latest)
         self.job.batches.load_state_dict(state["batches"])
-        self.step, self.loss = state["step"], state["loss"]
+        self.saved_step = self.step
         self.notes.append(f"resuming after step {self.step} from {latest}")
-        self.notes += _differences(state["config"], _plain(self.job.config))
-        set_random_state(tensors["rng"], state["random"])
+        changes = differences(state["config"], plain(self.job.config))
+        self.notes += [f"changed since the checkpoint: {change}" for change in changes]
 
     def run(self) -> TrainingResult:
+        self._write_record()
+        try:
+            with stop_on_interrupt() as stop:
+                while not self._run_until_done(stop):
+                    self._roll_back()
+            self.checkpoints.wait()
+        except Exception as error:
+            with suppress(OSError):  # the first error counts; what is being written is finished where that is possible
+                self.checkpoints.wait()
+            if isinstance(error, FloatingPointError):
+                raise FloatingPointError(f"{error}; last good checkpoint: {self._last_good()}") from error
+            if self.context.world_size > 1 and _is_about_peers(error):
+                raise ConnectionError(self._lost_touch(error)) from error
+            raise
+        checkpoint = self.checkpoints.agreed_latest()
+        assert checkpoint is not None
+        was_stopped = self.step < self.run_config.steps
+        return TrainingResult(self.step, self.loss, was_stopped, checkpoint, self.output / "model")
+
+    def _run_until_done(self, stop: threading.Event) -> bool:
+        """Trains to the end or to a stop; False when the last checkpoint must be loaded first."""
         run = self.run_config
-        records = Records(
-            self.output, first_step=self.step, num_steps=run.steps, log_every=run.log_every, tensorboard=run.tensorboard
-        )
-        saved_step = self.step if self.checkpoints.latest() is not None else -1
-        with records, _stop_on_interrupt() as stop:
+        with self._records() as records:
             for note in self.notes:
                 records.note(note)
-            for module in self.job.modules.values():
-                module.train()
-            while self.step < run.steps and not stop.is_set():
-                records.step(self.step + 1, self._train_step())
+            self.notes = []
+            for player in self.players:
+                player.train()
+            while self.step < run.steps and not self.is_stopping:
+                values, verdict = self._train_step(stop)
+                if verdict != "good":
+                    records.note(f"step {self.step + 1}: {self.watch.reason}; {verdict.replace('_', ' ')}")
+                if verdict == "roll_back":
+                    return False
                 self.step += 1
+                records.step(self.step, values)
+                self.checkpoints.check()
                 if run.checkpoint_every and self.step % run.checkpoint_every == 0:
                     records.flush()
                     self._save()
-                    saved_step = self.step
-                if run.sample_every and self.job.sample and self.step % run.sample_every == 0:
-                    records.scalars(self.step, self._sample())
+                self._show(records)
             records.flush()
-            if saved_step != self.step:
+            if self.saved_step != self.step:
                 self._save()
-            was_stopped = stop.is_set() and self.step < run.steps
-            if was_stopped:
+            if self.step < run.steps:
                 records.note(f"stopped after step {self.step}; resume to go on")
-        checkpoint = self.checkpoints.latest()
-        assert checkpoint is not None
-        return TrainingResult(self.step, self.loss, was_stopped, checkpoint, self.output / "model")
+        return True
 
-    def _train_step(self) -> dict[str, float]:
-        """One optimizer step over `accumulation_steps` batches; returns what to record."""
+    def _train_step(self, stop: threading.Event) -> tuple[dict[str, float], Verdict]:
+        """One optimizer step over `accumulation_steps` batches of each data rank; returns what to record."""
         start = time.perf_counter()
-        sums: dict[str, Tensor] = {}
-        for _ in range(self.config.accumulation_steps):
-            loss, details = self.job.loss(next(self.job.batches))
-            (loss / self.config.accumulation_steps).backward()
-            self.weights.collect_gradients()
-            for name, value in ({"loss": loss} | details).items():
-                value = value.detach().float() / self.config.accumulation_steps
-                sums[name] = sums[name] + value if name in sums else value
-        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.weights.masters, self.config.grad_clip or float("inf"))
-        # One read-back per step: nothing may be updated before the numbers are known to be finite.
-        numbers = self.context.mean(torch.stack([value.reshape(()) for value in sums.values()])).tolist()
-        values = dict(zip(sums, numbers, strict=True))
-        self._stop_unless_finite(values)
-        lr = learning_rate(self.step, self.config, self.run_config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.weights.publish()
-        self.ema.update(self.weights.masters)
-        self.loss = values["loss"]
-        details = {name: value for name, value in values.items() if name not in ("loss", "grad_norm")}
-        seconds = time.perf_counter() - start
-        return {"loss": self.loss, "grad_norm": values["grad_norm"], "lr": lr, "seconds": seconds} | details
+        data_seconds = 0.0
+        sums = Sums()
+        for index in range(self.num_micro_batches):
+            before = time.perf_counter()
+            batch = next(self.job.batches)
+            data_seconds += time.perf_counter() - before
+            self._micro_batch(batch, index, sums)
+        sums.add({f"{player.prefix}grad_norm".replace(".", "_"): player.clip() for player in self.players})
+        # One read-back per step: nothing may be updated before the numbers are known to be good.
+        gathered = self.context.gather((sums.read(), stop.is_set()))
+        values = Sums.mean([of_rank for of_rank, _ in gathered])
+        self.is_stopping = any(wants_to_stop for _, wants_to_stop in gathered)
+        verdict = self.watch.judge(values, self.step + 1)
+        lrs = [0.0]
+        if verdict == "good":
+            lrs = [player.step(self.step, self.run_config.steps) for player in self.players]
+        for player in self.players:
+            player.weights.clear_gradients()
+        self.loss = values.pop("loss")
+        norm, seconds = values.pop("grad_norm"), time.perf_counter() - start
+        times = {"seconds": seconds, "data_seconds": data_seconds}
+        for name in WORK:  # means of micro-batches of one data rank: here those of all
+            if name in values:
+                values[name] *= self.num_micro_batches * self.context.data_world_size
+        return {"loss": self.loss, "grad_norm": norm, "lr": lrs[0]} | times | values, verdict
 
-    def _stop_unless_finite(self, values: Mapping[str, float]) -> None:
-        for name in ("loss", "grad_norm"):
-            if not np.isfinite(values[name]):
-                kept = self.checkpoints.latest()
-                raise FloatingPointError(
-                    f"training: {name} must be finite, got {values[name]} at step {self.step + 1}; "
-                    f"last good checkpoint: {kept or 'none'}"
-                )
+    def _micro_batch(self, batch: Any, index: int, sums: Sums) -> None:
+        """Gradients of one batch of this data rank."""
+        context = self.context
+        number = (self.step * self.num_micro_batches + index) * context.data_world_size + context.data_rank
+        is_last = index + 1 == self.num_micro_batches
+        if isinstance(batch, dict):
+            batch["step"] = self.step
+        seed_micro_batch(self.run_config.seed, number)
+        adversary = self.players[1] if len(self.players) > 1 else None
+        with adversary.frozen() if adversary is not None else nullcontext():
+            loss, details = self.job.loss(batch)
+            self.player.backward(loss / self.num_micro_batches, is_last=is_last)
+        sums.add({"loss": loss} | details)
+        if adversary is not None:
+            assert self.job.adversary is not None
+            loss, details = self.job.adversary.loss(batch)
+            adversary.backward(loss / self.num_micro_batches, is_last=is_last)
+            sums.add({"adversary_loss": loss} | details)
 
     def _save(self) -> None:
-        rng_tensors, rng_values = random_state()
-        self.checkpoints.save(
-            self.step,
-            {
-                "weights": self.weights.state_dict(),
-                "ema": dict(zip(self.weights.names, self.ema.averages, strict=True)),
-                "optimizer": self._optimizer_tensors(),
-                "rng": rng_tensors,
-            },
-            {
-                "step": self.step,
-                "loss": self.loss,
-                "batches": self.job.batches.state_dict(),
-                "random": rng_values,
-                "config": _plain(self.job.config),
-            },
-        )
-        states = self.weights.export(self.ema.averages)
+        tensors: dict[str, Tensor] = {}
+        for player in self.players:
+            tensors |= player.tensors()
+        state = {
+            "step": self.step,
+            "loss": self.loss,
+            "batches": self.job.batches.state_dict(),
+            "num_updates": [player.num_updates for player in self.players],
+            "watch": self.watch.state_dict(),
+            "recipe": self.run_config.recipe,
+            "modules": self._module_names(),
+            "config": plain(self.job.config),
+        }
+        self.checkpoints.save(self.step, tensors, state)
+        self.saved_step = self.step
+        self.watch.saved()
+        states = self.player.export()
         with self._averaged():
-            replace_folder(self.output / "model", lambda folder: self.job.export(folder, states))
+            if self.context.is_main:
+                replace_folder(self.output / "model", lambda folder: self.job.export(folder, states))
 
-    def _sample(self) -> Mapping[str, float]:
+    def _show(self, records: Records) -> None:
+        """Samples and validation, where they are due."""
+        for every, function in (
+            (self.run_config.sample_every, self.job.sample and self._sample),
+            (self.run_config.validate_every, self.job.validate),
+        ):
+            if every and function and self.step % every == 0:
+                with self._averaged():
+                    values = function(self.step)
+                records.scalars(self.step, values)
+
+    def _sample(self, step: int) -> Mapping[str, float]:
         assert self.job.sample is not None
         folder = self.output / "samples"
-        folder.mkdir(exist_ok=True)
-        with self._averaged():
-            return self.job.sample(folder, self.step)
+        if self.context.is_main:
+            folder.mkdir(exist_ok=True)
+            return self.job.sample(folder, step)
+        with tempfile.TemporaryDirectory() as unseen:
+            return self.job.sample(Path(unseen), step)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Averaged weights in evaluation mode; training afterwards goes on as if the block had not run."""
-        rng = random_state()
-        for module in self.job.modules.values():
-            module.eval()
-        with self.weights.replaced_by(self.ema.averages), torch.no_grad():
+        seed_between_steps(self.run_config.seed, self.step)
+        with self.player.averaged():
             yield
-        for module in self.job.modules.values():
-            module.train()
-        set_random_state(*rng)
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
+    def _load(self, path: Path) -> dict[str, Any]:
+        """Takes weights, optimizer and counters of a checkpoint; returns its state."""
+        state = check_checkpoint(path, self.run_config.recipe, self._module_names(), self.players)
+        for player, num_updates in zip(self.players, state["num_updates"], strict=True):
+            tensors = player.empty_tensors(num_updates)
+            self.checkpoints.load(path, tensors)
+            player.load(tensors, num_updates)
+        self.watch.load_state_dict(state["watch"])
+        self.step, self.loss = state["step"], state["loss"]
+        return state
+
+    def _roll_back(self) -> None:
+        """Back to the last checkpoint, but on with the batches after the bad one."""
+        self.checkpoints.wait()
+        latest = self.checkpoints.agreed_latest()
+        if latest is None:
+            raise FloatingPointError(
+                f"training: {self.watch.reason} at step {self.step + 1}, with nothing to go back to"
+            )
+        self._load(latest)
+        self.saved_step = self.step
+        self.notes.append(f"back to step {self.step} from {latest}")
+
+    def _write_record(self) -> None:
+        context = self.context
+        num_hosts = len(set(context.gather(platform.node())))
+        if context.is_main:
+            place = {"device": context.device, "world_size": context.world_size, "num_hosts": num_hosts}
+            write_run_record(self.output, self.job.config, first_step=self.step, **place)
+
+    def _records(self) -> Records:
+        run, context = self.run_config, self.context
+        return Records(
+            self.output,
+            first_step=self.step,
+            num_steps=run.steps,
+            log_every=run.log_every,
+            tensorboard=run.tensorboard,
+            wandb_project=run.wandb_project,
+            config=self.job.config,
+            is_main=context.is_main,
+            device=context.device,
+            ceiling_flops=lambda: ceiling_flops(DTYPES[run.dtype], context.device) * context.world_size,
+        )
+
+    def _module_names(self) -> dict[str, str]:
         return {
-            f"{kind}.{name}": value
-            for name, master in zip(self.weights.names, self.weights.masters, strict=True)
-            for kind, value in self.optimizer.state[master].items()
+            player.prefix + name: next(kind.__name__ for kind in type(module).__mro__ if not _is_wrapper(kind))
+            for player in self.players
+            for name, module in player.weights.modules.items()
         }
 
-    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        kinds = ("step", "exp_avg", "exp_avg_sq")
-        state = {
-            index: {kind: tensors[f"{kind}.{name}"] for kind in kinds}
-            for index, name in enumerate(self.weights.names)
-            if f"step.{name}" in tensors
-        }
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+    def _last_good(self) -> Path | str:
+        return self.checkpoints.latest() or "none"
+
+    def _lost_touch(self, error: Exception) -> str:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
+        return (
+            f"training: rank {self.context.rank} of {self.context.world_size} lost touch with another rank after step "
+            f"{self.step}: {reason}; last good checkpoint: {self._last_good()}, from which --resume goes on"
+        )
 
 
-@contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C (SIGINT) or SIGTERM into a request to stop after the step; a second one interrupts."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, _frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _is_wrapper(kind: type) -> bool:
+    return issubclass(kind, FSDPModule)
 
 
-def _check(optimizer: OptimizerConfig, run: RunConfig) -> None:
+def _is_about_peers(error: BaseException) -> bool:
+    """Whether a collective failed; gloo says so by a plain RuntimeError."""
+    text = str(error).lower()
+    is_from_gloo = isinstance(error, RuntimeError) and ("gloo" in text or "connection" in text or "timed out" in text)
+    return is_from_gloo or isinstance(error, dist.DistError)
+
+
+def _check(job: Job, optimizer: OptimizerConfig, run: RunConfig) -> None:
     for name, value in (("steps", run.steps), ("log_every", run.log_every)):
         if value < 1:
             raise ValueError(f"run.{name} must be at least 1, got {value}")
@@ -281,22 +323,11 @@ def _check(optimizer: OptimizerConfig, run: RunConfig) -> None:
         raise ValueError(f"optimizer.accumulation_steps must be at least 1, got {optimizer.accumulation_steps}")
     if run.dtype == "fp16":
         raise ValueError("run.dtype must be fp32 or bf16 for training (fp16 gradients underflow), got fp16")
-
-
-def _plain(config: Any) -> Any:
-    """The configuration as JSON values."""
-    if is_dataclass(config) and not isinstance(config, type):
-        return _plain(asdict(config))
-    if isinstance(config, Mapping):
-        return {str(key): _plain(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [_plain(value) for value in config]
-    return config
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """One line for each field that is not what the checkpoint was trained with."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
-    return [] if old == new else [f"changed since the checkpoint: {name} was {old}, now {new}"]
+    if run.spike_factor and run.spike_factor <= 1:
+        raise ValueError(f"run.spike_factor must be above 1, or 0 for no check, got {run.spike_factor}")
+    if job.adversary is not None:
+        for name, module in job.adversary.modules.items():
+            if any(isinstance(part, FSDPModule) for part in module.modules()):
+                raise ValueError(
+                    f"adversary: modules must be whole on each rank (is_sharded=False), got a sharded {name}"
+                )

@@ -25,6 +25,10 @@ class DiagonalGaussian:
     def sample(self, draw_noise: DrawNoise) -> Tensor:
         return self.mean + torch.exp(0.5 * self.logvar) * draw_noise(self.mean)
 
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
     def mode(self) -> Tensor:
         return self.mean
 

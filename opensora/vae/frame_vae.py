@@ -78,15 +78,14 @@ class FrameVAE(nn.Module):
 
         Raises ValueError when x is not (B, 3, T, H, W) or smaller than one latent.
         """
-        if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != self.in_channels or x_BCTHW.shape[2] < 1:
-            raise ValueError(f"encode: x must have shape (B, {self.in_channels}, T, H, W), got {tuple(x_BCTHW.shape)}")
-        if min(x_BCTHW.shape[3:]) < self.space_factor:
-            raise ValueError(
-                f"encode: x must have at least {self.space_factor} x {self.space_factor} pixels, "
-                f"got {tuple(x_BCTHW.shape)}"
-            )
+        self._check_pixels(x_BCTHW)
         noise = draw_noise or normal_noise(generator)
         return self.spatial_vae.encode(x_BCTHW, noise if sample_posterior else None)
+
+    def encode_moments(self, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior that `encode` samples, scaled as it does."""
+        self._check_pixels(x_BCTHW)
+        return self.spatial_vae.encode_moments(x_BCTHW)
 
     def decode(self, z_BCTHW: Tensor, num_frames: int | None = None) -> Tensor:
         """Pixels of scaled latents, not clamped: (B, 3, T, 8 H, 8 W). `num_frames`, when given, must be T."""
@@ -108,3 +107,12 @@ class FrameVAE(nn.Module):
     def frames_of(self, num_latents: int) -> int:
         """Frames that the first `num_latents` latents of a clip stand for."""
         return num_latents
+
+    def _check_pixels(self, x_BCTHW: Tensor) -> None:
+        if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != self.in_channels or x_BCTHW.shape[2] < 1:
+            raise ValueError(f"encode: x must have shape (B, {self.in_channels}, T, H, W), got {tuple(x_BCTHW.shape)}")
+        if min(x_BCTHW.shape[3:]) < self.space_factor:
+            raise ValueError(
+                f"encode: x must have at least {self.space_factor} x {self.space_factor} pixels, "
+                f"got {tuple(x_BCTHW.shape)}"
+            )

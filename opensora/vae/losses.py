@@ -1,4 +1,4 @@
-"""Losses of the stacked VAE: reconstruction, perceptual, KL and adversarial terms, all in fp32.
+"""Losses of a VAE: reconstruction, perceptual and KL terms, all in fp32; `adversarial` has the others.
 
 Axes: B batch, C channels, T frames, H height, W width; N = B * T frames.
 Source: hpcaitech/Open-Sora v1.2.0, opensora/models/vae/losses.py (behaviour).
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from opensora.config import VAELossConfig
+from opensora.vae.adversarial import at_reconstruction
 from opensora.vae.distributions import DiagonalGaussian
-from opensora.vae.video_vae import VAEOutput
+from opensora.vae.output import VAEOutput
 
 PerceptualDistance = Callable[[Tensor, Tensor], Tensor]
 """Maps two batches of frames (N, C, H, W) in [-1, 1] to one distance per frame, any shape of N values (LPIPS)."""
@@ -39,6 +38,8 @@ class VAELoss(nn.Module):
     * `use_real_rec_loss`: reconstruction(x, x_rec) with the perceptual distance, and `kl_weight` times the divergence;
     * `use_z_rec_loss`: reconstruction(x_z, z_rec);
     * `use_image_identity_loss`: reconstruction(x_z, z), for clips of one frame only.
+
+    The last two are of the stacked VAE alone. `logvar` is a number: upstream's parameter belongs to no optimizer.
     """
 
     def __init__(self, config: VAELossConfig, *, perceptual: PerceptualDistance | None = None) -> None:
@@ -51,25 +52,35 @@ class VAELoss(nn.Module):
         self.perceptual = perceptual
 
     def forward(self, x_BCTHW: Tensor, output: VAEOutput) -> VAELossOutput:
-        """Losses of `VideoVAE.forward(x)`. Raises ValueError when pixels are compared but were not decoded."""
+        """Losses of a VAE's output for x. Raises ValueError for a term of what was not decoded or is not there."""
         config = self.config
         terms: dict[str, Tensor | None] = dict.fromkeys(("reconstruction", "kl", "z_reconstruction", "identity"))
         if config.use_real_rec_loss:
             if output.x_rec is None:
                 raise ValueError("VAELoss: output.x_rec must be decoded when use_real_rec_loss is on, got None")
-            distance, weight = self.perceptual, config.perceptual_weight
-            terms["reconstruction"] = reconstruction_loss(
-                x_BCTHW, output.x_rec, perceptual=distance, perceptual_weight=weight
-            )
+            terms["reconstruction"] = self._pixels(x_BCTHW, output.x_rec)
             if output.posteriors:
                 terms["kl"] = config.kl_weight * kl_loss(output.posteriors)
-        if config.use_z_rec_loss:
-            terms["z_reconstruction"] = reconstruction_loss(output.x_z, output.z_rec)
-        if config.use_image_identity_loss and x_BCTHW.shape[2] == 1:
-            terms["identity"] = reconstruction_loss(output.x_z, output.z)
+        if config.use_z_rec_loss or config.use_image_identity_loss:
+            if output.x_z is None or output.z_rec is None:
+                raise ValueError(
+                    "VAELoss: use_z_rec_loss and use_image_identity_loss need a VAE with latents of frames, as the "
+                    "stacked one, got an output without x_z and z_rec"
+                )
+            if config.use_z_rec_loss:
+                terms["z_reconstruction"] = reconstruction_loss(output.x_z, output.z_rec, logvar=config.logvar)
+            if config.use_image_identity_loss and x_BCTHW.shape[2] == 1:
+                terms["identity"] = reconstruction_loss(output.x_z, output.z, logvar=config.logvar)
         present = [term for term in terms.values() if term is not None]
         total = torch.stack(present).sum() if present else x_BCTHW.new_zeros(())
         return VAELossOutput(total=total, **terms)
+
+    def _pixels(self, x_BCTHW: Tensor, x_rec: Tensor) -> Tensor:
+        def loss(x_rec: Tensor) -> Tensor:
+            options = {"perceptual_weight": self.config.perceptual_weight, "logvar": self.config.logvar}
+            return reconstruction_loss(x_BCTHW, x_rec, perceptual=self.perceptual, **options)
+
+        return at_reconstruction(loss, x_rec) if x_rec.requires_grad and torch.is_grad_enabled() else loss(x_rec)
 
 
 def reconstruction_loss(
@@ -102,82 +113,3 @@ def reconstruction_loss(
 def kl_loss(posteriors: list[DiagonalGaussian]) -> Tensor:
     """Mean over the batch of the KL divergence, summed over all temporal chunks (upstream: of the last chunk only)."""
     return torch.stack([posterior.kl() for posterior in posteriors]).sum(dim=0).mean()
-
-
-class GeneratorLoss(nn.Module):
-    """Adversarial term of the VAE: `factor` * adaptive weight * loss, zero before `start` steps.
-
-    The adaptive weight ||d nll / d last_layer|| / (||d loss / d last_layer|| + 1e-4), clamped to [0, 1e4], keeps the
-    adversarial gradient at the size of the reconstruction gradient where the decoder ends.
-    """
-
-    def __init__(
-        self, *, start: int = 2001, factor: float = 0.5, kind: Literal["hinge", "non-saturating"] = "hinge"
-    ) -> None:
-        super().__init__()
-        if kind not in ("hinge", "non-saturating"):
-            raise ValueError(f"GeneratorLoss: kind must be 'hinge' or 'non-saturating', got {kind!r}")
-        self.start, self.factor, self.kind = start, factor, kind
-
-    def forward(self, fake_logits: Tensor, nll: Tensor, last_layer: Tensor, step: int) -> Tensor:
-        """Scalar loss from the discriminator's logits of reconstructions and the reconstruction loss `nll`.
-
-        Both must depend on `last_layer`, and their graphs stay alive for the step's own backward pass.
-        """
-        if self.kind == "hinge":
-            loss = -fake_logits.float().mean()
-        else:
-            loss = F.softplus(-fake_logits.float()).mean()
-        if step < self.start:
-            return loss * 0.0
-        (nll_gradient,) = torch.autograd.grad(nll, last_layer, retain_graph=True)
-        (loss_gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
-        weight = nll_gradient.float().norm() / (loss_gradient.float().norm() + 1e-4)
-        return self.factor * weight.clamp(0.0, 1e4).detach() * loss
-
-
-class DiscriminatorLoss(nn.Module):
-    """Loss of a discriminator from its logits of real and of reconstructed clips, zero before `start` steps.
-
-    `lecam_weight` adds LeCam's regulariser (Tseng et al. 2021), which pulls the logits towards running means of their
-    counterparts; the means move with `lecam_decay` at every call in training mode.
-    """
-
-    lecam_real: Tensor
-    lecam_fake: Tensor
-
-    def __init__(
-        self,
-        *,
-        start: int = 2001,
-        factor: float = 1.0,
-        kind: Literal["hinge", "vanilla", "non-saturating"] = "hinge",
-        lecam_weight: float = 0.0,
-        lecam_decay: float = 0.999,
-    ) -> None:
-        super().__init__()
-        if kind not in ("hinge", "vanilla", "non-saturating"):
-            raise ValueError(f"DiscriminatorLoss: kind must be 'hinge', 'vanilla' or 'non-saturating', got {kind!r}")
-        self.start, self.factor, self.kind = start, factor, kind
-        self.lecam_weight, self.lecam_decay = lecam_weight, lecam_decay
-        self.register_buffer("lecam_real", torch.zeros(()))
-        self.register_buffer("lecam_fake", torch.zeros(()))
-
-    def forward(self, real_logits: Tensor, fake_logits: Tensor, step: int) -> Tensor:
-        real, fake = real_logits.float(), fake_logits.float()
-        if self.kind == "hinge":
-            loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
-        else:  # the vanilla loss and cross-entropy against ones and zeros are the same function
-            loss = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
-        if step < self.start:
-            return loss * 0.0
-        loss = self.factor * loss
-        if self.lecam_weight:
-            loss = loss + self.lecam_weight * self._lecam(real, fake)
-        return loss
-
-    def _lecam(self, real: Tensor, fake: Tensor) -> Tensor:
-        if self.training:
-            self.lecam_real.lerp_(real.detach().mean(), 1.0 - self.lecam_decay)
-            self.lecam_fake.lerp_(fake.detach().mean(), 1.0 - self.lecam_decay)
-        return F.relu(real - self.lecam_fake).square().mean() + F.relu(self.lecam_real - fake).square().mean()

@@ -55,6 +55,16 @@ class SpatialVAE(nn.Module):
 
         return self._frame_by_frame(encode_frames, x_BCTHW)
 
+    def encode_moments(self, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every frame's posterior, scaled as `encode` does."""
+
+        def encode_frames(x_NCHW: Tensor) -> Tensor:
+            posterior = DiagonalGaussian(self.module.encode(x_NCHW).latent_dist.parameters)
+            return torch.cat([posterior.mode(), posterior.std], dim=1) * self.scaling_factor
+
+        mean, std = self._frame_by_frame(encode_frames, x_BCTHW).chunk(2, dim=1)
+        return mean, std
+
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         def decode_frames(z_NCHW: Tensor) -> Tensor:
             return self.module.decode(z_NCHW / self.scaling_factor).sample

@@ -6,29 +6,16 @@ Source: hpcaitech/Open-Sora v1.2.0, opensora/models/vae/vae.py, VideoAutoencoder
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from opensora.config import VideoVAEConfig
 from opensora.vae.distributions import DiagonalGaussian, DrawNoise, normal_noise
+from opensora.vae.output import VAEOutput
 from opensora.vae.spatial import SpatialVAE
 from opensora.vae.temporal import TemporalVAE
-
-
-@dataclass(frozen=True)
-class VAEOutput:
-    """What the losses need: pixels x -> x_z (2-D latents) -> z -> z_rec (2-D latents) -> x_rec (None if not asked).
-
-    z is not normalised by scale and shift; `posteriors` has one entry per temporal chunk.
-    """
-
-    x_rec: Tensor | None
-    x_z: Tensor
-    z: Tensor
-    z_rec: Tensor
-    posteriors: list[DiagonalGaussian]
 
 
 class VideoVAE(nn.Module):
@@ -75,6 +62,13 @@ class VideoVAE(nn.Module):
         z, _ = self._encode_time(x_z, draw_noise if sample_posterior else None)
         return (z - self.shift) / self.scale
 
+    def encode_moments(self, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the temporal posterior, normalised as `encode` does, of the 2-D one's mean."""
+        self._check_pixels("encode", x_BCTHW)
+        mean, posteriors = self._encode_time(self.spatial_vae.encode(x_BCTHW, None), None)
+        std = torch.cat([posterior.std for posterior in posteriors], dim=2)
+        return (mean - self.shift) / self.scale, std / self.scale
+
     def decode(self, z_BCTHW: Tensor, num_frames: int) -> Tensor:
         """Pixels of normalised latents: (B, 3, num_frames, H, W), not clamped.
 
@@ -106,11 +100,11 @@ class VideoVAE(nn.Module):
         draw_noise = draw_noise or normal_noise(generator)
         x_z = self.spatial_vae.encode(x_BCTHW, draw_noise)
         if not through_time:
-            return VAEOutput(self.spatial_vae.decode(x_z) if decode_pixels else None, x_z, x_z, x_z, [])
+            return VAEOutput(self.spatial_vae.decode(x_z) if decode_pixels else None, x_z, [], x_z, x_z)
         z, posteriors = self._encode_time(x_z, draw_noise)
         z_rec = self._decode_time(z, x_BCTHW.shape[2])
         x_rec = self.spatial_vae.decode(z_rec) if decode_pixels else None
-        return VAEOutput(x_rec, x_z, z, z_rec, posteriors)
+        return VAEOutput(x_rec, z, posteriors, x_z, z_rec)
 
     def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
         """(frames, height, width) of the latents of a clip of `size` in frames and pixels."""

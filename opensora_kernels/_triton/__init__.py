@@ -38,6 +38,8 @@ def is_interpreted() -> bool:
 
 def why_not(device: torch.device) -> str | None:
     """None where Triton kernels can run on tensors of `device`, else a sentence."""
+    if device.type == "meta" and backends.is_cuda(device):
+        return None  # on paper
     if (reason := why_not_installed()) is not None:
         return reason
     if device.type == "cuda" or is_interpreted():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -69,15 +71,49 @@ def ulysses_attention(
     rank, num_ranks = rank_and_size(op, group)
     check_share(op, "q", q, q.dim() + _TOKENS, sequence_length, rank, num_ranks)
 
-    num_heads = q.shape[_HEADS]
-    to_heads = {"scatter": _HEADS, "gather": _TOKENS, "length": sequence_length, "group": group}
     options = {"cos": cos, "sin": sin, "eps": eps, "order": order, "rope_layout": rope_layout, "norm_scope": norm_scope}
-    if overlap and not torch.compiler.is_compiling() and num_ranks > 1:
-        flight = Flight(plan_exchange(op, [v], **to_heads)).start([v])
-        q, k = sequence_all_to_all(qk_norm_rope(q, k, q_weight, k_weight, **options), **to_heads)
-        (v,) = flight.finish()
-    else:
-        q, k = qk_norm_rope(q, k, q_weight, k_weight, **options)
-        q, k, v = sequence_all_to_all([q, k, v], **to_heads)
+    lengths = sequence_length, sequence_length
+    num_heads = q.shape[_HEADS]
+    q, k, v = by_heads(op, q, k, v, q_weight, k_weight, lengths=lengths, group=group, overlap=overlap, **options)
     out = attention(q, k, v, scale=scale, key_lengths=key_lengths)
+    return by_tokens(out, num_heads=num_heads, group=group)
+
+
+def by_heads(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    *,
+    lengths: tuple[int, int],
+    group: dist.ProcessGroup | None,
+    overlap: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qk_norm_rope of this rank's tokens, then the exchange: all `lengths` of queries and of keys, for its heads."""
+    to_heads = {"scatter": _HEADS, "gather": _TOKENS, "group": group}
+    num_queries, num_keys = lengths
+    if overlap and not torch.compiler.is_compiling() and rank_and_size(op, group)[1] > 1:
+        flight = Flight(plan_exchange(op, [v], **to_heads, length=num_keys)).start([v])
+        q, k = qk_norm_rope(q, k, q_weight, k_weight, **options)
+        q, k = _exchanged([q], [k], num_queries, num_keys, to_heads)
+        return q, k, *flight.finish()
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, **options)
+    return tuple(_exchanged([q], [k, v], num_queries, num_keys, to_heads))
+
+
+def by_tokens(out: Tensor, *, num_heads: int, group: dist.ProcessGroup | None) -> Tensor:
+    """All heads of this rank's tokens: the exchange back."""
     return sequence_all_to_all(out, scatter=_TOKENS, gather=_HEADS, length=num_heads, group=group)
+
+
+def _exchanged(
+    queries: list[Tensor], others: list[Tensor], num_queries: int, num_keys: int, to_heads: dict[str, Any]
+) -> list[Tensor]:
+    """In one exchange where queries and keys are as many."""
+    if num_queries == num_keys:
+        return sequence_all_to_all([*queries, *others], **to_heads, length=num_queries)
+    queries = sequence_all_to_all(queries, **to_heads, length=num_queries)
+    return [*queries, *sequence_all_to_all(others, **to_heads, length=num_keys)]

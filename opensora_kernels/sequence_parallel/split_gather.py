@@ -1,4 +1,4 @@
-"""A replicated tensor cut into the ranks' shares, and shares put together on every rank, with their gradients."""
+"""A tensor cut into the ranks' shares, shares put together on every rank, and sums over ranks, with their gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora_kernels.checks import check_choice
+from opensora_kernels.ops.pack_shards import pack_shards
 from opensora_kernels.ops.unpack_shards import unpack_shards
 from opensora_kernels.shards import check_dim, shard_sizes
 
@@ -59,6 +60,18 @@ def gather_sequence(
     return x if cut.num_ranks == 1 else _Gather.apply(x, cut, cut.factor(grad_scale))
 
 
+def sum_sequence(x: Tensor, *, dim: int, group: dist.ProcessGroup | None) -> Tensor:
+    """This rank's share along `dim` of the sum of all ranks' x: a reduce-scatter, for any length.
+
+    Shapes: x (*, L, *), of one shape on all ranks; returns (*, L_local, *), contiguous. Summed in fp32 (fp64 for fp64),
+    rounded once. A group of one rank, or None, returns x itself. Gradients: all ranks' gradients gathered.
+    Errors: ValueError for an axis that x lacks, or a group without this process.
+    """
+    op = "sum_sequence"
+    cut = _Cut(check_dim(op, "dim", dim, x.dim()), x.shape[dim], *rank_and_size(op, group), group)
+    return x if cut.num_ranks == 1 else _Sum.apply(x, cut)
+
+
 class _Cut:
     """An axis `dim` of `length` that is cut across the ranks of `group`."""
 
@@ -72,6 +85,15 @@ class _Cut:
     def split(self, x: Tensor) -> Tensor:
         # a copy: a view would keep all of x in memory
         return x.split(self.sizes, self.dim)[self.rank].clone(memory_format=torch.contiguous_format)
+
+    def sum(self, x: Tensor) -> Tensor:
+        sent = pack_shards([x], num_shards=self.num_ranks, dim=self.dim)
+        shape = (*x.shape[: self.dim], self.sizes[self.rank], *x.shape[self.dim + 1 :])
+        each = math.prod(shape[: self.dim]) * math.prod(shape[self.dim + 1 :])
+        received = x.new_empty(self.num_ranks, *shape)
+        sizes = [math.prod(shape)] * self.num_ranks, [each * size for size in self.sizes]
+        dist.all_to_all_single(received.view(-1), sent.view(-1), *sizes, group=self.group)
+        return received.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
     def gather(self, x: Tensor) -> Tensor:
         # gloo's all_gather takes shares of one size only; a copy for each rank costs one write, and nothing on the wire
@@ -104,3 +126,27 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _Split.apply(grad, ctx.cut, 1.0) * ctx.factor, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cut: _Cut) -> Tensor:
+        ctx.cut = cut
+        return cut.sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Gathered.apply(grad, ctx.cut), None
+
+
+class _Gathered(torch.autograd.Function):
+    """Shares put together on ranks that do not compute the same from them: their gradients are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cut: _Cut) -> Tensor:
+        ctx.cut = cut
+        return cut.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grad, ctx.cut), None

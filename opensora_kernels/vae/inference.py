@@ -37,7 +37,8 @@ def made_one_by_one(chunks: Iterator[Tensor], device: torch.device) -> Iterator[
 
 def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
     """What is drawn inside leaves the generators of the caller as they were."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+    devices = [device] if device.type == "cuda" and torch.cuda.is_available() else []  # plans are made without one too
+    return torch.random.fork_rng(devices)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

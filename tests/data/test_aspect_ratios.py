@@ -33,7 +33,7 @@ def test_every_name_fits_every_lettered_resolution():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match=r"resolution: must be one of 144p, .*4k, got '99p'"):
+    with pytest.raises(ValueError, match=r"resolution: must be one of 144p, .*4k, 32, 48, 64, got '99p'"):
         get_image_size("99p", "9:16")
     with pytest.raises(ValueError, match=r"aspect_ratio: 480p must be given one of 3:8, .*0.56.*, got '4:5'"):
         get_image_size("480p", "4:5")

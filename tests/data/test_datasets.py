@@ -2,6 +2,7 @@
 
 import csv
 import logging
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -11,6 +12,7 @@ from opensora.config import DataConfig
 from opensora.data.datasets import MAX_REPLACEMENTS, ClipDataset
 from opensora.data.loader import collate, make_loader
 from opensora.data.manifest import read_manifest
+from opensora.data.prefetch import Prefetcher
 from opensora.data.reading import VideoError, read_frames
 from opensora.data.samplers import ClipRequest
 from opensora.data.shapes import generate
@@ -130,6 +132,53 @@ def test_clips_from_memory_are_the_clips_from_disk(manifest, monkeypatch):
         disk[0]
 
 
+def test_scores_of_the_manifest_come_with_the_clip(folder, tmp_path):
+    path = tmp_path / "scores.csv"
+    names = [folder / f"{index}.mp4" for index in range(3)]
+    path.write_text(
+        f"path,text,aes,flow,cmotion\n{names[0]},a,5.5,-0.25,pan left\n{names[1]},b,,,\n{names[2]},c,high,,\n"
+    )
+    manifest = read_manifest(path)
+    assert [(bad.number, bad.reason) for bad in manifest.bad_rows] == [(3, "aes must be a number, got 'high'")]
+    (batch,) = make_loader(DataConfig(manifest=str(path), num_frames=3, batch_size=2))
+    scores = dict(
+        zip(batch["text"], zip(batch["aes"], batch["flow"], batch["camera_motion"], strict=True), strict=True)
+    )
+    assert scores == {"a": (5.5, -0.25, "pan left"), "b": (None, None, None)}
+
+
+def test_clips_may_be_mirrored_and_keep_the_rate_of_their_file(manifest):
+    options = {"num_frames": 3, "frame_interval": 2}
+    plain = ClipDataset(read_manifest(manifest), **options)
+    mirrored = ClipDataset(read_manifest(manifest), flip=True, file_fps=True, **options)
+    assert plain[0]["fps"] == 12.0
+    assert mirrored[0]["fps"] == 25.0
+    flipped = [
+        torch.equal(mirrored[epoch, row]["video"], plain[epoch, row]["video"].flip(-1))
+        for epoch in range(2)
+        for row in range(NUM_CLIPS)
+    ]
+    same = [torch.equal(mirrored[0, row]["video"], plain[0, row]["video"]) for row in range(NUM_CLIPS)]
+    assert 4 < sum(flipped) < 18
+    assert all(a != b for a, b in zip(same, flipped, strict=False))
+
+
+def test_clips_without_a_caption_are_skipped_counted_and_named_unless_kept(folder, caplog):
+    rows = rows_of(range(4))
+    for number, text in ((1, ""), (3, "   ")):
+        rows[number] = (rows[number][0], text, *rows[number][2:])
+    config = DataConfig(manifest=write_manifest(folder, rows), num_frames=3)
+    loader = make_loader(config)
+    assert [clip.text for clip in loader.dataset.manifest.clips] == ["clip 0", "clip 2"]
+    assert "2 clips, 2 rows left out (row 2 1.mp4: has no text; row 4 3.mp4: has no text)" in caplog.text
+    assert len(make_loader(replace(config, empty_captions="keep"))) == 4
+    assert len(make_loader(config, needs_captions=False)) == 4
+    with pytest.raises(
+        ValueError, match=r"at least one usable clip, got .* 0 clips, 1 rows left out \(row 1 1\.mp4: has no"
+    ):
+        make_loader(replace(config, manifest=write_manifest(folder, rows[1:2])))
+
+
 def test_an_unreadable_clip_is_replaced_and_named(manifest_with_bad_files):
     dataset = ClipDataset(read_manifest(manifest_with_bad_files), num_frames=NUM_FRAMES)
     for row, name in ((0, "empty.mp4"), (4, "cut.mp4"), (8, "absent.mp4")):
@@ -174,6 +223,17 @@ def test_a_resumed_loader_gives_the_batches_of_an_unbroken_one(manifest_with_bad
     assert second.state_dict() == state
     for expected, actual in zip(unbroken[stop:], second.forever(), strict=False):
         assert same(expected, actual)
+
+
+def test_reading_ahead_changes_neither_batches_nor_position(manifest):
+    config = DataConfig(manifest=manifest, num_frames=4, image_size=(8, 8), batch_size=3, num_workers=1)
+    _, unbroken = batches_of(replace(config, num_workers=0), 10)
+    first = Prefetcher(make_loader(config))
+    assert all(same(a, b) for a, b in zip(unbroken[:4], first, strict=False))
+    assert first.state_dict() == {"seed": 42, "epoch": 1, "last_micro_batch_access_index": 1}
+    second = Prefetcher(make_loader(config))
+    second.load_state_dict(first.state_dict())
+    assert all(same(a, b) for a, b in zip(unbroken[4:], second, strict=False))
 
 
 def test_a_loop_left_early_goes_on_where_it_was_left(manifest):
@@ -252,8 +312,8 @@ def test_clips_that_are_too_short_are_left_out_or_refused(folder, caplog):
 
 
 def test_clips_of_several_sizes_need_a_size(folder):
-    rows = [*rows_of(range(2)), ("still.png", "", 12, 40, 30, 0)]
+    rows = [*rows_of(range(2)), ("still.png", "a photo", 12, 40, 30, 0)]
     with pytest.raises(ValueError, match="image_size or buckets must be set for 2 sizes"):
         make_loader(DataConfig(manifest=write_manifest(folder, rows), num_frames=3))
-    with pytest.raises(ValueError, match="videos of a batch must have one shape"):
+    with pytest.raises(ValueError, match="video of a batch must have one shape"):
         collate([{"video": torch.zeros(3, 1, 4, 4)}, {"video": torch.zeros(3, 2, 4, 4)}])

@@ -252,7 +252,7 @@ def test_a_list_without_any_usable_clip_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("list.txt", "path\n", "must end in .csv, .jsonl, .parquet"),
+        ("list.xlsx", "path\n", "must end in .csv, .jsonl, .parquet"),
         ("list.csv", "file,text\na,b\n", "with a column `path`"),
         ("list.csv", "", "with a column `path`"),
         ("list.parquet", "nothing", "readable Parquet file"),

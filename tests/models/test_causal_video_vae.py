@@ -156,8 +156,8 @@ def test_every_weight_is_trained_and_checkpointing_changes_no_gradient(version: 
     for enabled in (False, True):
         vae = tiny_vae(version).train()
         vae.set_gradient_checkpointing(enabled)
-        x_rec, posterior = vae(clip(5), generator=torch.Generator().manual_seed(0))
-        (x_rec.square().mean() + 1e-3 * posterior.kl().sum()).backward()
+        output = vae(clip(5), generator=torch.Generator().manual_seed(0))
+        (output.x_rec.square().mean() + 1e-3 * output.posteriors[0].kl().sum()).backward()
         gradients.append({name: p.grad for name, p in vae.named_parameters()})
     assert all(gradient is not None for gradient in gradients[0].values())
     assert vae.last_layer is vae.decoder.conv_out.conv.weight

@@ -16,6 +16,7 @@ from opensora.config_files import config_from_dict
 from opensora.models.latte import LatteT2V
 from opensora.models.latte_layers import SelfAttention
 from opensora.models.latte_positions import LattePositions
+from opensora.models.patches import Sites
 from opensora.presets import open_sora_plan_v1_0, open_sora_plan_v1_1
 
 KEYS = Path(__file__).parent / "keys" / "latte-t2v-xl.json"
@@ -100,9 +101,9 @@ def test_new_compressions_take_means_of_patches_and_of_frames_after_a_repeated_f
     x = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(1))
     space, time = (SelfAttention(TINY, axis, 2) for axis in ("space", "time"))
     means = torch.nn.functional.avg_pool2d(x.flatten(0, 1).unflatten(1, (4, 2)).permute(0, 3, 1, 2), 2)
-    assert_near(space._compressed(x, (4, 2)).flatten(0, 1), means.flatten(2).transpose(1, 2))
-    assert_near(time._compressed(x, (4, 2)), torch.stack([x[:, 0], x[:, 1:].mean(1)], dim=1))
-    assert_near(time._compressed(x[:, 1:], (4, 2)), x[:, 1:].mean(1, keepdim=True))
+    assert_near(space._compressed(x, Sites(4, 2)).flatten(0, 1), means.flatten(2).transpose(1, 2))
+    assert_near(time._compressed(x, Sites(4, 2)), torch.stack([x[:, 0], x[:, 1:].mean(1)], dim=1))
+    assert_near(time._compressed(x[:, 1:], Sites(4, 2)), x[:, 1:].mean(1, keepdim=True))
     model = tiny_model(compress_kv_factor=4, video_length=2)
     with pytest.raises(ValueError, match="an odd number of frames or at least 4, the factor of compressed keys, got 2"):
         model(**tiny_inputs(frames=2, columns=8))
@@ -280,7 +281,7 @@ def test_temporal_attention_is_spatial_attention_with_the_axes_exchanged():
     time, space = (SelfAttention(TINY, axis, 1) for axis in ("time", "space"))
     space.load_state_dict(time.state_dict())
     x = torch.randn(2, 3, 5, 16)
-    assert_near(time(x, (5, 1), None, None), space(x.transpose(1, 2), (3, 1), None, None).transpose(1, 2))
+    assert_near(time(x, Sites(5, 1), None, None), space(x.transpose(1, 2), Sites(3, 1), None, None).transpose(1, 2))
 
 
 @torch.no_grad()
@@ -288,11 +289,11 @@ def test_temporal_attention_is_spatial_attention_with_the_axes_exchanged():
 def test_a_pair_of_blocks_compiles_to_one_graph(is_masked: bool):
     model = tiny_model(compress_kv_factor=2)
     x, modulation = torch.randn(2, 3, 8, 16), torch.randn(2, 6, 16)
-    kept = model._kept_patches(padding().flatten(0, 1) if is_masked else None)[1]
+    kept = model._kept_patches(padding().flatten(0, 1) if is_masked else None, Sites(4, 2))[1]
     space, time = model.transformer_blocks[1], model.temporal_transformer_blocks[1]
 
     def pair(x: Tensor, text: Tensor) -> Tensor:
-        return time(space(x, modulation, (4, 2), text, None, kept), modulation, (4, 2))
+        return time(space(x, modulation, Sites(4, 2), text, None, kept), modulation, Sites(4, 2))
 
     text = torch.randn(2, 6, 16)
     assert_near(torch.compile(pair, backend="eager", fullgraph=True)(x, text), pair(x, text))

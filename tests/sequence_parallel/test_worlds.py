@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 
 from opensora_kernels import gather_sequence, sequence_all_to_all, split_sequence, ulysses_attention
-from tests.sequence_parallel import checks
+from tests.sequence_parallel import checks, shards_checks
 from tests.sequence_parallel.worlds import PASSED, World, run
 
 # Compiling takes longer than all other checks, and nothing in it depends on the number of ranks.
 CHECKS_OF = {
-    2: [*checks.CHECKS, checks.split_attention_and_gathering_compile_to_one_graph],
-    3: checks.CHECKS,
-    4: checks.CHECKS,
+    2: [*checks.CHECKS, *shards_checks.CHECKS, checks.split_attention_and_gathering_compile_to_one_graph],
+    3: [*checks.CHECKS, *shards_checks.CHECKS],
+    4: [*checks.CHECKS, *shards_checks.CHECKS],
 }
 PATIENCE = 3  # seconds that a rank waits for the others where one is late on purpose
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from opensora.training import loop
@@ -18,10 +19,11 @@ def main() -> None:
     kind, folder, last_step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     step = loop._Loop._train_step
 
-    def step_then_die(self: loop._Loop) -> dict[str, float]:
+    def step_then_die(self: loop._Loop, stop: threading.Event) -> tuple[dict[str, float], str]:
         if self.step == last_step:
+            self.checkpoints.wait()  # of the save under way nothing would be left, which is tested elsewhere
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(self)
+        return step(self, stop)
 
     loop._Loop._train_step = step_then_die
     train_small(kind, folder, folder / "broken")

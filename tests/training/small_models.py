@@ -23,6 +23,7 @@ from opensora.config import (
     VideoVAEConfig,
 )
 from opensora.data.shapes import generate
+from opensora.presets import open_sora_plan_v1_1
 from opensora.training import TrainingResult
 from opensora.video import write_mp4
 
@@ -42,6 +43,19 @@ VAE = VideoVAEConfig(
     scale=1.0,
     shift=0.0,
     micro_frame_size=None,
+)
+# Time and space halved once, 0.2 M parameters.
+CAUSAL_VAE = replace(
+    open_sora_plan_v1_1.vae(),
+    hidden_size=32,
+    hidden_size_mult=(1, 1),
+    num_res_blocks=1,
+    encoder_resnet_blocks=("ResnetBlock2D", "ResnetBlock3D"),
+    encoder_spatial_downsample=("Downsample", ""),
+    encoder_temporal_downsample=("TimeDownsampleRes2x", ""),
+    decoder_resnet_blocks=("ResnetBlock3D",) * 2,
+    decoder_spatial_upsample=("", "SpatialUpsample2x"),
+    decoder_temporal_upsample=("", "TimeUpsampleRes2x"),
 )
 TRANSFORMER = STDiT3Config(
     input_sq_size=16, hidden_size=16, depth=1, num_heads=2, caption_channels=64, model_max_length=8
@@ -80,7 +94,7 @@ def flow_config(folder: Path, output: Path) -> TrainConfig:
     data, optimizer, run = _common(folder, output)
     return TrainConfig(
         transformer=TRANSFORMER,
-        flow=RectifiedFlowConfig(num_sampling_steps=2, use_timestep_transform=False),
+        scheduler=RectifiedFlowConfig(num_sampling_steps=2, use_timestep_transform=False),
         data=data,
         optimizer=optimizer,
         run=run,

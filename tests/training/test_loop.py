@@ -5,21 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from opensora.training import checkpoint
+from opensora.training.checkpoint import read_state, read_tensors
 from opensora.training.records import read_losses
 from tests.training.toy import OPTIMIZER, Hooks, constant, toy_model, train
 
 
 def losses(output: Path) -> list[tuple[str, ...]]:
-    """Rows of losses.csv as written, without the seconds."""
-    return [tuple(value for name, value in row.items() if name != "seconds") for row in read_losses(output)]
+    """Rows of losses.csv as written, without what was measured by a clock."""
+    return [tuple(value for name, value in row.items() if not name.endswith("seconds")) for row in read_losses(output)]
 
 
 def raise_at(step: int, error: Exception) -> Hooks:
@@ -39,10 +41,10 @@ def test_a_broken_run_resumes_with_the_losses_of_an_unbroken_one(tmp_path: Path,
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
     assert len(losses(tmp_path / "whole")) == 12
     assert resumed.loss == whole.loss
-    for name in ("weights", "ema", "optimizer"):
-        expected, actual = (load_file(r.checkpoint / f"{name}.safetensors") for r in (whole, resumed))
-        assert expected.keys() == actual.keys()
-        assert all(torch.equal(expected[key], actual[key]) for key in expected)
+    expected, actual = (read_tensors(result.checkpoint) for result in (whole, resumed))
+    assert expected.keys() == actual.keys()
+    assert {name.split(".")[0] for name in expected} == {"weights", "ema", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
 def test_samples_do_not_change_the_losses(tmp_path: Path):
@@ -65,30 +67,50 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
 
     with pytest.raises(FloatingPointError, match=r"loss must be finite, got nan at step 5; .*step-00000004"):
         train(tmp_path, model=model, hooks=Hooks(before_loss=poison))
-    tensors, state = checkpoint.Checkpoints.load(tmp_path / "checkpoints" / "step-00000004")
-    assert state["step"] == 4
-    assert all(torch.isfinite(tensor).all() for tensor in tensors["weights"].values())
+    path = tmp_path / "checkpoints" / "step-00000004"
+    assert read_state(path)["step"] == 4
+    assert all(torch.isfinite(tensor).all() for tensor in read_tensors(path).values())
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     train(tmp_path, steps=4)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.safetensors")}
     written = []
 
-    def write_until_full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        if written:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(path)
-        path.write_bytes(b"half a checkpoint")
+    def write_until_full(self: HuggingFaceStorageWriter, *plan: object) -> None:
+        written.append(Path(self.path) / "half.safetensors")
+        written[-1].write_bytes(b"half a checkpoint")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "write_tensors", write_until_full)
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_until_full)
     with pytest.raises(OSError, match=r"No space left on device.*last good checkpoint: .*step-00000004"):
         train(tmp_path, steps=8, resume=True)
     monkeypatch.undo()
     assert written
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.safetensors")}
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
     assert train(tmp_path, steps=8, resume=True).step == 8
+
+
+def test_training_goes_on_while_a_checkpoint_of_its_moment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    two_steps_later = threading.Event()
+    write = HuggingFaceStorageWriter.write_data
+
+    def write_late(self: HuggingFaceStorageWriter, *plan: object) -> object:
+        assert two_steps_later.wait(60)
+        return write(self, *plan)
+
+    def at_batch(count: int) -> None:
+        if count == 4:
+            assert not list((tmp_path / "late" / "checkpoints").glob("step-*"))
+            two_steps_later.set()
+
+    options = {"steps": 5, "checkpoint_every": 3, "keep_checkpoints": 9}
+    train(tmp_path / "prompt", **options)
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_late)
+    train(tmp_path / "late", **options, hooks=Hooks(before_loss=at_batch))
+    prompt, late = (read_tensors(tmp_path / name / "checkpoints" / "step-00000003") for name in ("prompt", "late"))
+    assert all(torch.equal(prompt[name], late[name]) for name in prompt)
 
 
 def test_only_the_last_checkpoints_stay(tmp_path: Path):
@@ -158,7 +180,7 @@ def test_accumulated_batches_equal_one_big_batch(tmp_path: Path):
         result = train(
             tmp_path / name, steps=1, keys=(0,) * 16, optimizer=optimizer, model=model, hooks=hooks, **changes
         )
-        return load_file(result.checkpoint / "optimizer.safetensors")
+        return {name: t for name, t in read_tensors(result.checkpoint).items() if name.startswith("exp_avg")}
 
     big, small = (
         first_step("big", batch_size=16, accumulation_steps=1),
@@ -177,18 +199,16 @@ def test_the_average_follows_its_law(tmp_path: Path):
     average = seen[0].double()
     for weight in seen[1:]:
         average = 0.75 * average + 0.25 * weight.double()
-    torch.testing.assert_close(load_file(result.checkpoint / "ema.safetensors")["toy.0.weight"].double(), average)
-    assert torch.equal(
-        load_file(result.model / "toy.safetensors")["0.weight"],
-        load_file(result.checkpoint / "ema.safetensors")["toy.0.weight"],
-    )
+    saved = read_tensors(result.checkpoint)["ema.toy.0.weight"]
+    torch.testing.assert_close(saved.double(), average)
+    assert torch.equal(load_file(result.model / "toy.safetensors")["0.weight"], saved)
 
 
 def test_bf16_training_keeps_updates_smaller_than_a_bf16_step(tmp_path: Path):
     model = toy_model()
     start = model[0].weight.detach().clone()
     result = train(tmp_path, steps=4, dtype="bf16", model=model, optimizer=constant(lr=1e-5))
-    master = load_file(result.checkpoint / "weights.safetensors")["toy.0.weight"]
+    master = read_tensors(result.checkpoint)["weights.toy.0.weight"]
     assert model[0].weight.dtype == torch.bfloat16
     assert master.dtype == torch.float32
     assert not torch.equal(master, start)
@@ -197,8 +217,8 @@ def test_bf16_training_keeps_updates_smaller_than_a_bf16_step(tmp_path: Path):
 
 def test_gradients_are_clipped_to_their_global_norm(tmp_path: Path):
     clipped = train(tmp_path / "clipped", steps=1, optimizer=constant(grad_clip=0.01, betas=(0.0, 0.999)))
-    first_moments = load_file(clipped.checkpoint / "optimizer.safetensors")
-    norm = torch.cat([v.flatten() for k, v in first_moments.items() if k.startswith("exp_avg.")]).norm()
+    saved = read_tensors(clipped.checkpoint)
+    norm = torch.cat([v.flatten() for k, v in saved.items() if k.startswith("exp_avg.")]).norm()
     assert norm == pytest.approx(0.01, rel=1e-3)
     assert float(read_losses(tmp_path / "clipped")[0]["grad_norm"]) > 0.01
 

@@ -6,9 +6,11 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
+import torch
 
 from opensora.config import OptimizerConfig
 from opensora.training import ShuffledBatches, learning_rate
+from opensora.training.optimizer import why_not_apex
 
 
 def test_warmup_rises_linearly_and_reaches_lr_after_it():
@@ -24,6 +26,10 @@ def test_cosine_falls_from_lr_to_its_floor_at_the_last_step():
     assert rates[60] == pytest.approx((2.0 + 0.2) / 2)
     assert rates[110] == pytest.approx(0.2)
     assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_apex_says_why_it_does_not_run():
+    assert why_not_apex([torch.zeros(1)]) == "apex's FusedAdam runs on CUDA alone, and these weights are on cpu"
 
 
 def make_batches(**changes: int) -> ShuffledBatches[list[int]]:
@@ -49,6 +55,17 @@ def test_batches_resume_after_the_last_one_taken():
     resumed = make_batches(seed=99)
     resumed.load_state_dict(broken.state_dict())
     assert [next(resumed) for _ in range(5)] == expected[6:]
+
+
+def test_batches_resume_on_another_number_of_ranks():
+    whole = make_batches()
+    expected = [next(whole) for _ in range(14)]
+    four = [make_batches(rank=rank, world_size=4) for rank in range(4)]
+    taken = [next(share) for _ in range(2) for share in four]
+    three = [make_batches(rank=rank, world_size=3) for rank in range(3)]
+    for share in three:
+        share.load_state_dict(four[0].state_dict())
+    assert taken + [next(share) for _ in range(2) for share in three] == expected
 
 
 def test_ranks_share_an_epoch():

@@ -17,6 +17,7 @@ from opensora.vae.causal_video.coder import Decoder, Encoder, convolution
 from opensora.vae.causal_video.layers import CausalConv3d
 from opensora.vae.causal_video.tiling import VAETiling
 from opensora.vae.distributions import DiagonalGaussian, DrawNoise, normal_noise
+from opensora.vae.output import VAEOutput
 from opensora_kernels.vae import run_tiled
 
 Progress = Callable[[int, int], None]
@@ -73,6 +74,12 @@ class CausalVideoVAE(nn.Module):
         z = posterior.sample(draw_noise or normal_noise(generator)) if sample_posterior else posterior.mode()
         return z * self.config.scaling_factor
 
+    def encode_moments(self, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior that `encode` samples, scaled as it does."""
+        self._check_pixels(x_BCTHW)
+        posterior = self.posterior(x_BCTHW)
+        return posterior.mode() * self.config.scaling_factor, posterior.std * self.config.scaling_factor
+
     def decode(
         self,
         z_BCTHW: Tensor,
@@ -116,12 +123,18 @@ class CausalVideoVAE(nn.Module):
         return run_tiled(self._decode_tile, z_BCTHW, tiling, result_size=size, out=out, progress=progress)
 
     def forward(
-        self, x_BCTHW: Tensor, *, generator: torch.Generator | None = None, draw_noise: DrawNoise | None = None
-    ) -> tuple[Tensor, DiagonalGaussian]:
-        """The reconstruction of a clip from a sample of its posterior, and the posterior: what the losses need."""
+        self,
+        x_BCTHW: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        draw_noise: DrawNoise | None = None,
+        decode_pixels: bool = True,
+    ) -> VAEOutput:
+        """Encode, sample the posterior and decode, for training. Errors: as for `encode`."""
         self._check_pixels(x_BCTHW)
         posterior = self.posterior(x_BCTHW)
-        return self.decode_unscaled(posterior.sample(draw_noise or normal_noise(generator))), posterior
+        z_BCTHW = posterior.sample(draw_noise or normal_noise(generator))
+        return VAEOutput(self.decode_unscaled(z_BCTHW) if decode_pixels else None, z_BCTHW, [posterior])
 
     def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
         """(frames, height, width) of the latents of a clip of `size` in frames and pixels; partial ones are dropped."""

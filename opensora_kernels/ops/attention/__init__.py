@@ -70,6 +70,10 @@ def _why_no_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: T
 
 
 def _why_triton_is_slower(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
+    if (
+        q.is_meta
+    ):  # on paper: PyTorch's fused attention, which keeps the same for its backward pass, has no meta tensors
+        return None
     if max(q.shape[-3], k.shape[-3]) <= LONG or library.why_not(q, k, v, scale, key_lengths) is not None:
         return None
     return f"PyTorch's fused attention is thought faster for more than {LONG} queries or keys; not measured yet"
