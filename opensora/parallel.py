@@ -169,7 +169,7 @@ class ParallelContext:
             for block in blocks if isinstance(blocks, nn.ModuleList) else ():
                 fully_shard(block, **options)
         fully_shard(module, **options)
-        # Before torch 2.12 every rank must use the same weights in a step.
+        # Without it (torch 2.10, say) every rank must use the same weights in a step.
         if hasattr(module, "set_reduce_scatter_unused_params"):
             module.set_reduce_scatter_unused_params(True)
         return module

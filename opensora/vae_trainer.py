@@ -92,9 +92,13 @@ def _check_terms(config: TrainVAEConfig, context: ParallelContext) -> None:
     """What can be told from the configuration alone."""
     in_pixels, kind = config.loss.use_real_rec_loss, config.adversary.kind
     is_stacked = isinstance(config.vae, VideoVAEConfig)
-    stacked_only = ("freeze_spatial", "spatial_only", "loss.use_z_rec_loss", "loss.use_image_identity_loss")
-    options = {name: getattr(config, name, getattr(config.loss, name.split(".")[-1], False)) for name in stacked_only}
-    for name, value in options.items():
+    stacked_only = {
+        "freeze_spatial": config.freeze_spatial,
+        "spatial_only": config.spatial_only,
+        "loss.use_z_rec_loss": config.loss.use_z_rec_loss,
+        "loss.use_image_identity_loss": config.loss.use_image_identity_loss,
+    }
+    for name, value in stacked_only.items():
         if value and not is_stacked:
             raise ValueError(f"train-vae: {name} must be false for a CausalVideoVAE, which has no latents of frames")
     if is_stacked and config.mix_factor is not None:

@@ -16,7 +16,7 @@ import torch
 from opensora import presets
 from opensora.cli import COMMANDS, main
 from opensora.config import TrainConfig, TrainVAEConfig
-from opensora.data.reading import probe
+from opensora.data.reading import probe, read_frames
 from opensora.parallel import ParallelContext
 from opensora.presets.scaling import scaled
 from opensora.training import TrainingResult
@@ -44,6 +44,21 @@ def refused(capsys, *arguments: str) -> str:
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("opensora")
     return lines[0]
+
+
+def test_processes_of_torchrun_make_a_clip_together(models, tmp_path, capsys):
+    arguments = ["sample", *models, "--image-size", "32", "48", "--prompt", "a red circle", "--num-frames", "1"]
+    assert main([*arguments, "-o", str(tmp_path / "alone.png")]) == 0
+    capsys.readouterr()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "opensora", *arguments, "--ring", "2", "-o", str(tmp_path / "together.png")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("together.png") == 1  # one rank writes and tells
+    alone, together = (read_frames(tmp_path / f"{name}.png").int() for name in ("alone", "together"))
+    assert alone.shape[-2:] == (32, 48)
+    assert (alone - together).abs().max() <= 1  # a rounding to 256 levels
+    assert "ring: must divide the number of processes, 1, got 2" in refused(capsys, *arguments, "--ring", "2")
 
 
 def test_a_prompt_becomes_a_video_and_a_contact_sheet_twice_the_same(models, tmp_path, capsys):

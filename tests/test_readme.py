@@ -31,6 +31,8 @@ FENCE = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<language>\
 LAST_CHECK = {
     "sample": "opensora.cli.sample._load",
     "train": "opensora.cli.train._train",
+    "encode": "opensora.cli.encode._encode",
+    "find-batch-sizes": "opensora.bucket_sizes.build_transformer",
     "train-vae": "opensora.cli.train_vae._train",
     "convert": "opensora.checkpoints.resolve",
     "pack": "opensora.cli.pack._stage",

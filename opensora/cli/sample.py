@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from opensora.config import (
     DiffusersSamplerConfig,
     DPMSolverConfig,
     IDDPMConfig,
+    ParallelConfig,
     Precision,
     Preset,
     RectifiedFlowConfig,
@@ -27,9 +29,11 @@ from opensora.config import (
 )
 
 if TYPE_CHECKING:
+    from opensora.parallel import ParallelContext
     from opensora.sampler import Clip, OnProgress, Sampler
     from opensora.sampling.requests import Request
     from opensora.sampling.stages import StageCost
+    from opensora_kernels import SequenceShards
 
 MAX_SHEET_ROWS = 16
 
@@ -53,16 +57,22 @@ def run(arguments: Sequence[str]) -> int:
         if not requests:
             print("nothing to do: all files exist")
             return 0
-        sampler, load_cost = _load(preset, options, config)
+        context = _context(options, config)
+        config = replace(config, device=str(context.device))
+        sampler, load_cost = _load(preset, options, config, context.sequence)
         plan = sampler.plan(prompts.texts, config, scheduler=scheduler, **conditions)
-    with _progress_bar() as on_progress:
+    with _progress_bar(is_shown=context.is_main) as on_progress:
         try:
             plan = replace(plan, requests=tuple(outputs.to_do(plan.requests)))
             for clip in sampler.run(plan, on_progress=on_progress):
-                outputs.save(clip)
+                if context.is_main:
+                    outputs.save(clip)
         except KeyboardInterrupt:
             done = len(outputs.saved)
             raise KeyboardInterrupt(f"{done} of {plan.num_clips} clips are finished and saved") from None
+    context.close()
+    if not context.is_main:
+        return 0
     outputs.save_sheet()
     _print_results(outputs, {"load": load_cost, **sampler.costs}, on_cpu=sampler.device.type == "cpu")
     return 0
@@ -126,6 +136,10 @@ def _parser(preset: Preset) -> Parser:
     memory = 'what decoding may take beyond latents and weights, as "10GiB"; default: all frames at once'
     add("--vae-memory", type=OrNone(str), default=sample.vae_memory, help=memory)
     add("--device", type=str, default=sample.device, help="auto, cpu, cuda, npu, ...")
+    ring = (
+        "of the processes of torchrun, which make each clip together, how many groups pass keys round; the ranks of a "
+    )
+    add("--ring", type=int, default=1, help=ring + "group trade tokens for heads, which should be as many or more")
     add("--offload", type=bool, default=False, help="each model is on the device only while it works")
     add("--text-cache", type=OrNone(str), help="a folder for embeddings; the encoder is loaded for new texts alone")
 
@@ -209,7 +223,20 @@ def _read_prompts(options: dict[str, Any]) -> _Prompts:
     return _Prompts(texts, places, options["start_index"])
 
 
-def _load(preset: Preset, options: dict[str, Any], config: SampleConfig) -> tuple[Sampler, StageCost]:
+def _context(options: dict[str, Any], config: SampleConfig) -> ParallelContext:
+    """All processes of torchrun on the same clips; one process without it."""
+    from opensora.parallel import ParallelContext
+
+    num_ranks, ring = int(os.environ.get("WORLD_SIZE", 1)), options["ring"]
+    if ring < 1 or num_ranks % ring:
+        raise CommandError(f"ring: must divide the number of processes, {num_ranks}, got {ring}")
+    parallel = ParallelConfig(ulysses=num_ranks // ring, ring=ring)
+    return ParallelContext.from_environment(parallel, config.device)
+
+
+def _load(
+    preset: Preset, options: dict[str, Any], config: SampleConfig, sequence: SequenceShards | None
+) -> tuple[Sampler, StageCost]:
     from transformers.utils import logging
 
     from opensora.parallel import resolve_device
@@ -227,6 +254,7 @@ def _load(preset: Preset, options: dict[str, Any], config: SampleConfig) -> tupl
             config=config,
             offload=options["offload"],
             text_cache=options["text_cache"],
+            sequence=sequence,
         )
     return sampler, meter.costs["load"]
 
@@ -304,8 +332,11 @@ class _Outputs:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[OnProgress]:
+def _progress_bar(*, is_shown: bool) -> Iterator[OnProgress | None]:
     """A bar on standard error with the time left; where that is no terminal, a line for each tenth."""
+    if not is_shown:
+        yield None
+        return
     if not sys.stderr.isatty():
         yield _print_tenths
         return

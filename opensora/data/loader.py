@@ -160,7 +160,8 @@ def make_loader(
     else:
         dataset, batches = _clips_on_disk(config, seed, ranks)
     if config.use_image_num:
-        dataset = JointDataset(dataset, _images(config, seed), config.use_image_num)
+        images = _stored_images(config, dataset) if config.encoded else _images_on_disk(config, seed)
+        dataset = JointDataset(dataset, images, config.use_image_num)
     padded_to = None
     if config.fit == "long_side" and not config.encoded:
         padded_to = (config.num_frames, *config.image_size)
@@ -227,13 +228,19 @@ def clips_of(manifest: Manifest, config: DataConfig, seed: int) -> ClipDataset:
     )
 
 
-def _images(config: DataConfig, seed: int) -> ClipDataset | EncodedDataset | None:
-    if config.encoded:
-        return EncodedDataset(config.encoded_images) if config.encoded_images else None
+def _images_on_disk(config: DataConfig, seed: int) -> ClipDataset | None:
     if not config.image_manifest:
         return None
     manifest = read_clips(config, config.image_manifest)
     return clips_of(manifest, replace(config, num_frames=1, frame_interval=1), seed)
+
+
+def _stored_images(config: DataConfig, clips: EncodedDataset) -> EncodedDataset | None:
+    if not config.encoded_images:
+        return None
+    images = EncodedDataset(config.encoded_images)
+    images.check(num_frames=1, **{name: clips.settings[name] for name in ("vae", "text_encoder", "store")})
+    return images
 
 
 def _long_enough(manifest: Manifest, config: DataConfig) -> Manifest:

@@ -23,6 +23,7 @@ Denoiser = Callable[..., Tensor]
 class VideoTransformer(nn.Module):
     """Subclasses embed captions and list who reads them.
 
+    forward and denoiser take `sequence`, the ranks over which the sites of a clip are spread; None: all are here.
     `takes_frame_mask`: forward and denoiser take x_mask (B, T), False where a frame is given clean.
     `only_length`: latent frames of the only clips it makes beside single frames; None for any number.
     `latent_multiple`: what height and width of latents must be multiples of.

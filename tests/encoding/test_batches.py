@@ -207,6 +207,8 @@ def test_encoded_images_stand_beside_encoded_clips(folder, vae, text, tmp_path):
     assert (inputs.x0.shape, inputs.num_images, inputs.y.shape) == ((2, 4, 2 + 2, 8, 8), 2, (2, 1 + 2, LENGTH, 64))
     assert torch.equal(inputs.x0[:, :, 2], batch["image_latents"][:, 0])
     assert not torch.equal(Encoders(None, None, torch.device("cpu"))(batch).x0, inputs.x0)
+    with pytest.raises(ValueError, match="clips must have been made with num_frames 1, got 5"):
+        make_loader(replace(loaded, encoded_images=clips.output))
     with pytest.raises(ValueError, match="encoded clips need encoded_images"):
         next(iter(make_loader(replace(loaded, encoded_images=""))))
 

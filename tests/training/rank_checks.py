@@ -23,7 +23,7 @@ from opensora.training.checkpoint import read_tensors
 from opensora.training.records import read_losses
 from tests.sequence_parallel.worlds import World
 from tests.training import recipe_rank_checks, vae_rank_checks
-from tests.training.flow_run import NUM_STEPS, train_flow
+from tests.training.flow_run import NUM_STEPS, latte, stdit2, train_flow
 
 CPU = torch.device("cpu")
 # How many batches a step of `whole_run` takes: as one process, or R ranks with 4 / R micro-batches each.
@@ -87,6 +87,17 @@ def tokens_spread_over_ranks_equal_one_process(world: World) -> None:
         train_flow(world.folder / name, context, accumulation_steps=NUM_MICRO_BATCHES // context.data_world_size)
         if world.rank == 0:
             assert_equal_runs(world.folder / name, world.folder / "whole")
+
+
+def other_transformers_equal_one_process(world: World) -> None:
+    """Sharded, and each clip's tokens over all ranks."""
+    for build in (stdit2, latte):
+        outputs = [world.folder / f"{build.__name__}-{name}" for name in ("ranks", "whole")]
+        train_flow(outputs[0], context_of(ulysses=world.num_ranks), build=build)
+        if world.rank == 0:
+            train_flow(outputs[1], ParallelContext.single_process("cpu"), build=build)
+            assert_equal_runs(*outputs)
+        dist.barrier()
 
 
 def a_run_is_left_half_done(world: World) -> None:
@@ -307,4 +318,9 @@ IN_FOUR = [
     *recipe_rank_checks.CHECKS,
     a_killed_rank_ends_the_others_with_an_error,
 ]
-IN_TWO = [sharded_training_equals_one_process, a_run_of_more_ranks_goes_on, *vae_rank_checks.CHECKS]
+IN_TWO = [
+    sharded_training_equals_one_process,
+    a_run_of_more_ranks_goes_on,
+    other_transformers_equal_one_process,
+    *vae_rank_checks.CHECKS,
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,27 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: 
     assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.safetensors")}
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
     assert train(tmp_path, steps=8, resume=True).step == 8
+
+
+def test_training_goes_on_while_a_checkpoint_of_its_moment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    two_steps_later = threading.Event()
+    write = HuggingFaceStorageWriter.write_data
+
+    def write_late(self: HuggingFaceStorageWriter, *plan: object) -> object:
+        assert two_steps_later.wait(60)
+        return write(self, *plan)
+
+    def at_batch(count: int) -> None:
+        if count == 4:
+            assert not list((tmp_path / "late" / "checkpoints").glob("step-*"))
+            two_steps_later.set()
+
+    options = {"steps": 5, "checkpoint_every": 3, "keep_checkpoints": 9}
+    train(tmp_path / "prompt", **options)
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_late)
+    train(tmp_path / "late", **options, hooks=Hooks(before_loss=at_batch))
+    prompt, late = (read_tensors(tmp_path / name / "checkpoints" / "step-00000003") for name in ("prompt", "late"))
+    assert all(torch.equal(prompt[name], late[name]) for name in prompt)
 
 
 def test_only_the_last_checkpoints_stay(tmp_path: Path):

@@ -6,9 +6,11 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
+import torch
 
 from opensora.config import OptimizerConfig
 from opensora.training import ShuffledBatches, learning_rate
+from opensora.training.optimizer import why_not_apex
 
 
 def test_warmup_rises_linearly_and_reaches_lr_after_it():
@@ -24,6 +26,10 @@ def test_cosine_falls_from_lr_to_its_floor_at_the_last_step():
     assert rates[60] == pytest.approx((2.0 + 0.2) / 2)
     assert rates[110] == pytest.approx(0.2)
     assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_apex_says_why_it_does_not_run():
+    assert why_not_apex([torch.zeros(1)]) == "apex's FusedAdam runs on CUDA alone, and these weights are on cpu"
 
 
 def make_batches(**changes: int) -> ShuffledBatches[list[int]]:

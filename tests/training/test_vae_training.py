@@ -43,7 +43,7 @@ def run_of(folder: Path, output: Path, **changes):
     return replace(vae_config(folder, output).run, **{"checkpoint_every": 0, **changes})
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("stacked", "fp32"), ("causal", "fp32"), ("causal", "bf16")])
+@pytest.mark.parametrize(("kind", "dtype"), [("stacked", "fp32"), ("causal", "bf16")])
 def test_training_against_a_discriminator_resumes_as_if_unbroken(folder: Path, tmp_path: Path, kind: str, dtype: str):
     adversary = replace(GAN, kind="3d") if kind == "causal" else GAN
     changes = {"vae": VAES[kind], "adversary": adversary, "initial_log_variance": -4.0}
@@ -221,7 +221,7 @@ def test_every_stage_of_a_release_can_be_built_scaled_down(name: str, stage: str
     config = scaled(whole, "tiny")
     assert _structure(config.vae) == _structure(whole.vae)
     assert config.adversary.kind == whole.adversary.kind
-    vae = vae_trainer._build(config, torch.device("cpu"))
+    vae = vae_trainer._build(replace(config, image_vae=None), torch.device("cpu"))  # a file that a run makes
     lengths = vae_trainer._lengths(config, vae)
     assert (vae_trainer._build_discriminator(config, lengths) is None) == (whole.adversary.kind == "none")
     assert max(lengths) == config.data.num_frames
