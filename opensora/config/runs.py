@@ -75,7 +75,8 @@ class ParallelConfig:
     `ulysses` x `ring` ranks cut the tokens of each clip among them (the first by heads inside attention, the second by
     passing keys round); the other ranks read other batches. `sharding` "full" spreads weights, gradients, optimizer
     state and averages over all ranks (FSDP2), "none" leaves a copy on each. `cpu_offload` keeps shards in host memory
-    between uses. `timeout` is how many seconds a rank waits for the others before it fails.
+    between uses. `timeout` is how many seconds a rank waits for the others before it fails; the main
+    rank's export of a model must take less.
     """
 
     ulysses: int = 1

@@ -23,6 +23,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from opensora.parallel import ParallelContext
 from opensora.training.files import remove_folder, sync_folder, write_json
 
+_ALONE = "torch.distributed is disabled, unavailable or uninitialized"
+
 
 class Checkpoints:
     """The checkpoints of one run, newest `keep` of them.
@@ -40,7 +42,7 @@ class Checkpoints:
         self.context = context
         self._writing: _Writing | None = None
         # One process is no mistake. For the whole process: the thread that writes can't do it for itself alone.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", message=_ALONE)
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -155,9 +157,12 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, whole."""
-    metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
-    Checkpoints(path.parent, keep=1, context=ParallelContext()).load(path, tensors)
+    reader = HuggingFaceStorageReader(str(path))
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_ALONE)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 

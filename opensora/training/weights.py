@@ -45,7 +45,9 @@ class TrainedWeights:
             )
         self.is_sharded = [isinstance(parameter, DTensor) for parameter in self.parameters]
         self._layouts = {name: parameter for name, parameter in named if isinstance(parameter, DTensor)}
-        self._meshes = {kind: context.all_ranks(kind) for kind in {"cpu", context.device.type} if self._layouts}
+        # Sorted: every rank must make them in one order.
+        kinds = sorted({"cpu", context.device.type}) if self._layouts else []
+        self._meshes = {kind: context.all_ranks(kind) for kind in kinds}
         self._constants = self._cast(dtype)
         self._has_copy = [not is_sharded and dtype != torch.float32 for is_sharded in self.is_sharded]
 
