@@ -261,6 +261,7 @@ class _VAETask:
         losses = self.losses(x_BCTHW, output)
         total = losses.total
         terms = {name: value for name, value in vars(losses).items() if name != "total" and value is not None}
+        terms["num_samples"] = torch.tensor(float(len(x_BCTHW)))
         if self.discriminator is not None:
             self.seen = (x_BCTHW, output.x_rec.detach())
             terms["adversarial"] = self._adversarial(output.x_rec, losses.reconstruction, batch["step"])
