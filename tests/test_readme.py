@@ -31,6 +31,7 @@ FENCE = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<language>\
 LAST_CHECK = {
     "sample": "opensora.cli.sample._load",
     "train": "opensora.cli.train._train",
+    "train-all": "opensora.cli.train_all._train",
     "encode": "opensora.cli.encode._encode",
     "find-batch-sizes": "opensora.bucket_sizes.build_transformer",
     "train-vae": "opensora.cli.train_vae._train",
