@@ -32,6 +32,7 @@ LAST_CHECK = {
     "sample": "opensora.cli.sample._load",
     "train": "opensora.cli.train._train",
     "train-all": "opensora.cli.train_all._train",
+    "estimate": "opensora.cli.estimate._size",
     "encode": "opensora.cli.encode._encode",
     "find-batch-sizes": "opensora.bucket_sizes.build_transformer",
     "train-vae": "opensora.cli.train_vae._train",
@@ -39,6 +40,7 @@ LAST_CHECK = {
     "pack": "opensora.cli.pack._stage",
     "make-tiny-data": "opensora.data.tiny_dataset.make_tiny_dataset",
 }
+LAST_CHECK_OF_A_RANK = {"train": "opensora.cli.training._context"}
 WRITES_THIS_PAGE = ["tests.test_readme", "--write"]
 
 
@@ -89,7 +91,9 @@ def test_commands_run(block: Block, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a waterfall\n")
     for words in commands(block):
         if words[0] == "opensora":
-            check_opensora(words[1:], block, monkeypatch)
+            check_opensora(words[1:], block, LAST_CHECK, monkeypatch)
+        elif words[0] == "torchrun":  # what each of its processes does before it looks for the others
+            check_opensora(words[words.index("opensora") + 1 :], block, LAST_CHECK_OF_A_RANK, monkeypatch)
         elif words[:2] == ["python", "-m"]:
             if words[2:] != WRITES_THIS_PAGE:
                 run_module(words[2], words[3:], monkeypatch)
@@ -103,10 +107,10 @@ def test_commands_run(block: Block, tmp_path, monkeypatch):
             assert all(any(ROOT.glob(path)) for path in paths), words
 
 
-def check_opensora(arguments: list[str], block: Block, monkeypatch) -> None:
+def check_opensora(arguments: list[str], block: Block, last_check: dict[str, str], monkeypatch) -> None:
     if block.why_not_run is not None:
         with monkeypatch.context() as patch:
-            patch.setattr(LAST_CHECK[arguments[0]], stop)
+            patch.setattr(last_check[arguments[0]], stop)
             with pytest.raises(ReachedTheEnd):
                 cli.main(arguments)
         return
