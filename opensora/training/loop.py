@@ -71,7 +71,7 @@ class _Loop:
         self.checkpoints = Checkpoints(self.output / "checkpoints", keep=run.keep_checkpoints, context=context)
         self.watch = LossWatch(run)
         self.step = 0
-        self.saved_step = -1
+        self.saved_step = self.exported_step = -1
         self.loss = float("nan")
         self.is_stopping = False
         self.notes: list[str] = []
@@ -141,6 +141,8 @@ class _Loop:
             records.flush()
             if self.saved_step != self.step:
                 self._save()
+            elif self.exported_step != self.step:  # a kill may have come between a checkpoint and its model
+                self._export()
             if self.step < run.steps:
                 records.note(f"stopped after step {self.step}; resume to go on")
         return True
@@ -210,10 +212,14 @@ class _Loop:
         self.checkpoints.save(self.step, tensors, state)
         self.saved_step = self.step
         self.watch.saved()
+        self._export()
+
+    def _export(self) -> None:
         states = self.player.export()
         with self._averaged():
             if self.context.is_main:
                 replace_folder(self.output / "model", lambda folder: self.job.export(folder, states))
+        self.exported_step = self.step
 
     def _show(self, records: Records) -> None:
         """Samples and validation, where they are due."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_a_broken_run_resumes_with_the_losses_of_an_unbroken_one(tmp_path: Path,
     assert expected.keys() == actual.keys()
     assert {name.split(".")[0] for name in expected} == {"weights", "ema", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_still_exports_its_model(tmp_path: Path):
+    result = train(tmp_path, steps=4)
+    shutil.rmtree(result.model)  # the kill came before it was written
+    result = train(tmp_path, steps=4, resume=True)
+    saved = read_tensors(result.checkpoint)["ema.toy.0.weight"]
+    assert torch.equal(load_file(result.model / "toy.safetensors")["0.weight"], saved)
 
 
 def test_samples_do_not_change_the_losses(tmp_path: Path):
