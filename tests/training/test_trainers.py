@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora import vae_trainer
+from opensora import latents, vae_trainer
 from opensora.checkpoints import load_model, save_model
 from opensora.config import DataConfig, STDiT3Config, VideoVAEConfig
 from opensora.data.datasets import IMAGE_FPS, ClipDataset
 from opensora.data.manifest import read_manifest
 from opensora.data.shapes import generate
+from opensora.inputs import Encoders
 from opensora.models import STDiT3
+from opensora.parallel import ParallelContext
 from opensora.schedulers.rectified_flow import RectifiedFlow
 from opensora.text.t5 import TextEncoder
 from opensora.training.checkpoint import read_tensors
@@ -157,6 +159,25 @@ def test_cached_latents_are_encoded_once(folder: Path, tmp_path: Path, monkeypat
     data = replace(config.data, num_frames=3)
     train_small("flow", folder, tmp_path, cache_latents=True, resume=True, data=data)
     assert len(calls) == 12
+
+
+def test_a_rank_that_finishes_first_does_not_take_away_what_another_is_writing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = flow_config(folder, tmp_path)
+    context = ParallelContext.single_process("cpu")
+    vae = load_model(folder / "vae", VideoVAE, VideoVAEConfig)
+    clips = ClipDataset(read_manifest(folder / "clips.csv"), num_frames=5, image_size=(16, 16))
+    save = latents.save_file
+
+    def save_beside_another(*arguments: object, **options: object) -> None:
+        monkeypatch.setattr(latents, "save_file", save)
+        save(*arguments, **options)
+        latents.cached_batches(config, Encoders(vae, None, context.device), clips, replace(context, rank=1))
+
+    monkeypatch.setattr(latents, "save_file", save_beside_another)
+    latents.cached_batches(config, Encoders(vae, None, context.device), clips, context)
+    assert [path.name for path in tmp_path.iterdir()] == ["latents.safetensors"]
 
 
 def test_a_frozen_text_encoder_is_not_exported(folder: Path, tmp_path: Path):
