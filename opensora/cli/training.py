@@ -123,8 +123,15 @@ def _context(config: Any) -> ParallelContext:
 
     context = ParallelContext.from_environment(config.parallel, config.run.device, dtype=DTYPES[config.run.dtype])
     if not context.is_main:
-        logging.getLogger().setLevel(logging.ERROR)
+        _hush(context)
     return context
+
+
+def _hush(context: ParallelContext) -> None:
+    """Leave to the main rank what all ranks would say, but not the files that this one alone cannot read."""
+    logging.getLogger().setLevel(logging.ERROR)
+    if context.sequence is None or context.sequence.rank == 0:  # ranks of one sequence read the same files
+        logging.getLogger("opensora.data.loader.skipped").setLevel(logging.WARNING)
 
 
 def _recipe(preset: str, stage: str, scale: str) -> str:

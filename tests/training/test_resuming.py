@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.cli.training import _hush
 from opensora.config import ParallelConfig
+from opensora.data.loader import ClipLoader
+from opensora.data.samplers import FixedSizeBatchSampler
 from opensora.parallel import ParallelContext
 from tests.training.toy import toy_model, train
 
@@ -62,6 +66,21 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path):
         (tmp_path / "checkpoints" / name).mkdir()
     train(tmp_path, steps=3, resume=True)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_other_ranks_are_silent_but_for_the_files_that_they_alone_cannot_read(caplog: pytest.LogCaptureFixture):
+    loggers = [logging.getLogger(name) for name in ("", "opensora.data.loader", "opensora.data.loader.skipped")]
+    levels = [logger.level for logger in loggers]
+    try:
+        _hush(replace(ParallelContext.single_process("cpu"), rank=1))
+        loggers[1].warning("clips.csv: 3 rows left out")
+        ClipLoader([], FixedSizeBatchSampler(1, (1, 8, 8), 1))._note([[("clip.mp4", "broken")]])
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    assert [record.getMessage() for record in caplog.records] == [
+        "skipped clip.mp4: broken (unreadable files so far: 1)"
+    ]
 
 
 def test_one_process_needs_no_launcher():
