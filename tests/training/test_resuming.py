@@ -97,6 +97,7 @@ def test_one_process_needs_no_launcher():
         ({"ulysses": 2}, "1", "ulysses x ring must divide the number of processes, 1, got 2 x 1"),
         ({"ulysses": 2, "ring": 2}, "6", "ulysses x ring must divide the number of processes, 6, got 2 x 2"),
         ({"ring": 0}, "1", r"parallel.ring must be at least 1, got 0"),
+        ({"cpu_offload": True, "sharding": "none"}, "2", "cpu_offload must be false for weights that are not sharded"),
         ({"timeout": 0.0}, "1", r"parallel.timeout must be positive seconds, got 0.0"),
     ],
 )
