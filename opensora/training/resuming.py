@@ -9,6 +9,7 @@ from typing import Any
 
 from opensora.parallel import ParallelContext
 from opensora.training.checkpoint import read_state, shapes_in
+from opensora.training.files import replace_file
 from opensora.training.players import Player
 
 LAUNCH = "launch.txt"
@@ -62,7 +63,7 @@ def remember_launch(output: Path, context: ParallelContext) -> None:
     """For `is_restart_of_this_launch`; nothing where there is no launcher."""
     if context.launch:
         output.mkdir(parents=True, exist_ok=True)
-        (output / LAUNCH).write_text(context.launch)
+        replace_file(output / LAUNCH, context.launch)
 
 
 def plain(config: Any) -> Any:
