@@ -102,7 +102,7 @@ class _Loop:
             with stop_on_interrupt() as stop:
                 while not self._run_until_done(stop):
                     self._roll_back()
-            self.checkpoints.wait()
+                self.checkpoints.wait()  # in here: a signal must not cut off what it asks for
         except Exception as error:
             with suppress(OSError):  # the first error counts; what is being written is finished where that is possible
                 self.checkpoints.wait()
