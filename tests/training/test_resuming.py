@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,21 @@ def test_a_checkpoint_of_another_class_of_model_is_refused(tmp_path: Path):
     train(tmp_path, steps=2)
     with pytest.raises(ValueError, match=r"must be of OtherModel \(toy\), got one of Sequential \(toy\)"):
         train(tmp_path, steps=3, resume=True, model=OtherModel(*toy_model()))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path):
+    checkpoint = train(tmp_path, steps=2).checkpoint
+    (file,) = checkpoint.glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"step-00000002 is damaged .* remove it to go on"):
+        train(tmp_path, steps=3, resume=True)
+    file.write_bytes(whole)
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["watch"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="must be of this version, got one without watch"):
+        train(tmp_path, steps=3, resume=True)
 
 
 def test_frozen_weights_and_buffers_come_back(tmp_path: Path):
