@@ -113,6 +113,8 @@ def _check_terms(config: TrainVAEConfig, context: ParallelContext) -> None:
                 f"train-vae: {name} must be off where loss.use_real_rec_loss is: it judges pixels, and this stage "
                 "compares latents alone"
             )
+    if config.run.checkpointing == "selective":
+        raise ValueError("train-vae: run.grad_checkpoint must be full or none for a VAE, got selective")
     if config.parallel.ulysses * config.parallel.ring > 1:
         raise ValueError(
             "train-vae: parallel.ulysses and parallel.ring must be 1, for a VAE has no tokens to cut, got "
