@@ -31,7 +31,7 @@ from opensora.sampler import Sampler
 from opensora.schedulers import TrainingScheduler, build
 from opensora.text.t5 import TextEncoder
 from opensora.text.tiny import build_tiny_text_encoder
-from opensora.training import Batches, Job, LoaderBatches, TrainingResult, prepare_process, run_job
+from opensora.training import Batches, Job, LoaderBatches, TrainingResult, check_options, prepare_process, run_job
 from opensora.vae import VAETiling
 from opensora.validation import HeldOut, held_out, summary, validation_losses, write_losses
 from opensora.video import write_contact_sheet
@@ -47,6 +47,7 @@ def run_train(config: TrainConfig, *, resume: bool = False, context: ParallelCon
     Errors: ValueError for a configuration that cannot train, and for resuming a run of another model; see `run_job` for
     those met on the way.
     """
+    check_options(config.optimizer, config.run)
     _check(config)
     if resume:
         check_resumed(config.run.output, config.transformer)

@@ -18,7 +18,7 @@ from opensora.data.loader import make_loader
 from opensora.metrics import WINDOW, gradient_energy, psnr, ssim
 from opensora.parallel import DTYPES, ParallelContext
 from opensora.perceptual import LPIPS
-from opensora.training import Adversary, Job, LoaderBatches, TrainingResult, prepare_process, run_job
+from opensora.training import Adversary, Job, LoaderBatches, TrainingResult, check_options, prepare_process, run_job
 from opensora.vae import (
     CausalVideoVAE,
     DiscriminatorLoss,
@@ -51,6 +51,7 @@ def run_train_vae(
     Open-Sora-Plan keeps its scaling factor.
     Errors: ValueError for a configuration that cannot train; see `run_job` for those met on the way.
     """
+    check_options(config.optimizer, config.run)
     for name in ("encoded", "use_image_num"):
         if value := getattr(config.data, name):
             raise ValueError(f"train-vae: data.{name} must not be set, for clips in pixels are needed, got {value!r}")

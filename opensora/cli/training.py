@@ -102,12 +102,12 @@ def run_training(
     add_config_options(parser, choice.config, ALIASES)
     options = parser.parse(arguments)
     choice.check(options)
-    config = choice.complete(config_from_options(type(choice.config), options))
+    config = config_from_options(type(choice.config), options)
     if not config.run.recipe:
         recipe = _recipe(choice.preset.name, choice.stage, choice.scale)
         config = replace(config, run=replace(config.run, recipe=recipe))
     context = _context(config)
-    result = train(config, options["resume"], context)
+    result = train(choice.complete(config), options["resume"], context)
     context.close()
     if context.is_main:
         print(f"step {result.step}, loss {result.loss:.6g}")

@@ -24,7 +24,7 @@ from opensora.training.ceiling import ceiling_flops
 from opensora.training.checkpoint import Checkpoints
 from opensora.training.files import replace_folder
 from opensora.training.interrupts import stop_on_interrupt
-from opensora.training.job import Job, TrainingResult
+from opensora.training.job import Adversary, Job, TrainingResult
 from opensora.training.players import Player
 from opensora.training.randomness import seed_between_steps, seed_micro_batch
 from opensora.training.records import Records, write_run_record
@@ -56,7 +56,9 @@ def run_job(
 
 class _Loop:
     def __init__(self, job: Job, optimizer_config: OptimizerConfig, run: RunConfig, context: ParallelContext) -> None:
-        _check(job, optimizer_config, run)
+        check_options(optimizer_config, run)
+        if job.adversary is not None:
+            _check_adversary(job.adversary)
         self.job = job
         self.num_micro_batches = optimizer_config.accumulation_steps
         self.run_config = run
@@ -321,8 +323,13 @@ def _is_about_peers(error: BaseException) -> bool:
     return is_from_gloo or isinstance(error, dist.DistError)
 
 
-def _check(job: Job, optimizer: OptimizerConfig, run: RunConfig) -> None:
-    for name, value in (("steps", run.steps), ("log_every", run.log_every)):
+def check_options(optimizer: OptimizerConfig, run: RunConfig) -> None:
+    """Refuses what no model is needed to see: trainers ask before they load any, and `run_job` asks again.
+
+    Errors: ValueError for a number out of range, and for fp16.
+    """
+    counts = {"steps": run.steps, "log_every": run.log_every, "keep_checkpoints": run.keep_checkpoints}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"run.{name} must be at least 1, got {value}")
     if optimizer.accumulation_steps < 1:
@@ -331,9 +338,9 @@ def _check(job: Job, optimizer: OptimizerConfig, run: RunConfig) -> None:
         raise ValueError("run.dtype must be fp32 or bf16 for training (fp16 gradients underflow), got fp16")
     if run.spike_factor and run.spike_factor <= 1:
         raise ValueError(f"run.spike_factor must be above 1, or 0 for no check, got {run.spike_factor}")
-    if job.adversary is not None:
-        for name, module in job.adversary.modules.items():
-            if any(isinstance(part, FSDPModule) for part in module.modules()):
-                raise ValueError(
-                    f"adversary: modules must be whole on each rank (is_sharded=False), got a sharded {name}"
-                )
+
+
+def _check_adversary(adversary: Adversary) -> None:
+    for name, module in adversary.modules.items():
+        if any(isinstance(part, FSDPModule) for part in module.modules()):
+            raise ValueError(f"adversary: modules must be whole on each rank (is_sharded=False), got a sharded {name}")

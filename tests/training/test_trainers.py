@@ -246,6 +246,13 @@ def test_configurations_that_cannot_train_are_refused(
         train_small(kind, folder, tmp_path, **changes)
 
 
+@pytest.mark.parametrize("kind", ["flow", "vae"])
+def test_options_are_refused_before_anything_is_read(tmp_path: Path, kind: str):
+    run = replace(flow_config(tmp_path, tmp_path).run, steps=0)
+    with pytest.raises(ValueError, match=r"run\.steps must be at least 1, got 0"):
+        train_small(kind, tmp_path, tmp_path, run=run)  # without clips and models
+
+
 def test_image_ratio_cuts_batches_to_their_first_frame(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
     whole = RectifiedFlow.training_losses
