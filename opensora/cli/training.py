@@ -78,7 +78,8 @@ def choose_stage(
         raise CommandError(f"preset: {preset.name} has no stages for opensora {command}")
     stage = early_option(arguments, "--stage", named_stage or next(iter(available)))
     if stage not in available or named_stage not in (None, stage):
-        raise CommandError(f"stage: preset {preset.name} has {', '.join(available)}, got {named_stage or stage!r}")
+        got = repr(stage) if named_stage in (None, stage) else f"{named_stage!r} in --preset and --stage {stage!r}"
+        raise CommandError(f"stage: preset {preset.name} has {', '.join(available)}, got {got}")
     scale = early_option(arguments, "--scale", "full")
     return StageChoice(preset, stage, scale, scaled(available[stage], scale), tuple(available))
 
