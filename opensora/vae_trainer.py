@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from opensora.checkpoints import load_model, load_weights, resolve, save_model
 from opensora.config import CausalVideoVAEConfig, TrainVAEConfig, VideoVAEConfig
 from opensora.data.datasets import ClipDataset
 from opensora.data.loader import make_loader
+from opensora.data.prefetch import Prefetcher
 from opensora.metrics import WINDOW, gradient_energy, psnr, ssim
 from opensora.parallel import DTYPES, ParallelContext
 from opensora.perceptual import LPIPS
@@ -71,14 +71,15 @@ def run_train_vae(
     )
     heldout = None
     if config.data.validation:
-        validation = replace(config.data, manifest=config.data.validation, batch_size=1)
-        heldout = make_loader(validation, needs_captions=False).dataset
+        data = replace(config.data, manifest=config.data.validation, batch_size=1)
+        heldout = make_loader(data, needs_captions=False).dataset
     vae = context.wrap(vae)
     discriminator = context.wrap(discriminator, is_sharded=False) if discriminator is not None else None
     task = _VAETask(config, vae, discriminator, perceptual, loader.dataset, heldout, context)
+    reads_ahead = context.device.type != "cpu" or config.data.num_workers > 0
     job = Job(
         {"vae": vae},
-        LoaderBatches(loader),
+        Prefetcher(loader, context.device) if reads_ahead else LoaderBatches(loader),
         task.loss,
         task.export,
         config,
@@ -395,4 +396,4 @@ def _valid_lengths(vae: VideoVAE | CausalVideoVAE, num_frames: int) -> list[int]
 def _spread(total: int, count: int) -> list[int]:
     """Up to `count` of `total` indices, evenly spread."""
     count = min(total, count)
-    return [math.floor(i * total / count) for i in range(count)]
+    return [i * total // count for i in range(count)]

@@ -68,6 +68,18 @@ def test_a_killed_run_resumes_with_the_losses_of_an_unbroken_one(folder: Path, t
     assert len(losses(tmp_path / "whole")) == 7
 
 
+def test_clips_of_a_vae_are_read_ahead_by_workers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    prefetcher = vae_trainer.Prefetcher
+    monkeypatch.setattr(vae_trainer, "Prefetcher", lambda *arguments: made.append(1) or prefetcher(*arguments))
+    config = vae_config(folder, tmp_path)
+    for num_workers in (0, 1):
+        run = replace(config.run, steps=2, output=str(tmp_path / str(num_workers)))
+        train_small("vae", folder, tmp_path, run=run, data=replace(config.data, num_workers=num_workers))
+    assert made == [1]
+    assert losses(tmp_path / "0") == losses(tmp_path / "1")
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_exported_vae_normalises_its_latents(folder: Path, tmp_path: Path, dtype: str):
     config = vae_config(folder, tmp_path)
