@@ -32,9 +32,10 @@ def cached_batches(
 ) -> ShuffledBatches[dict[str, Any]]:
     """Batches from latents in memory: the posterior mean of each clip, one window of it.
 
-    They are read from `run.output`/latents.safetensors where that was made of the same clips by the same VAE.
+    They are read from `run.output`/latents.safetensors where that was made of the same clips by the same VAE. Where it
+    was not, each rank encodes all clips, and the main one writes the file.
     """
-    latents, numbers, captions = _encode_all(config, encoders, clips)
+    latents, numbers, captions = _encode_all(config, encoders, clips, context)
 
     def load(indices: list[int]) -> dict[str, Any]:
         columns = {name: numbers[indices, i] for i, name in enumerate(NUMBERS)}
@@ -50,7 +51,9 @@ def cached_batches(
     )
 
 
-def _encode_all(config: TrainConfig, encoders: Encoders, clips: ClipDataset) -> tuple[Tensor, Tensor, list[str]]:
+def _encode_all(
+    config: TrainConfig, encoders: Encoders, clips: ClipDataset, context: ParallelContext
+) -> tuple[Tensor, Tensor, list[str]]:
     """(latents (N, C, T, H, W), sizes and fps (N, 4), captions)."""
     path = Path(config.run.output) / "latents.safetensors"
     key = _cache_key(config, encoders.vae, clips)
@@ -70,10 +73,11 @@ def _encode_all(config: TrainConfig, encoders: Encoders, clips: ClipDataset) -> 
         numbers.append([float(clip[name]) for name in NUMBERS])
         captions.append(clip["text"])
     cached = {"latents": torch.stack(latents), "numbers": torch.tensor(numbers)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    save_file(cached, temporary, metadata={"key": key, "captions": json.dumps(captions)})
-    temporary.replace(path)
+    if context.is_main:  # of several writers, one would rename the file under the others' hands
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".writing")
+        save_file(cached, temporary, metadata={"key": key, "captions": json.dumps(captions)})
+        temporary.replace(path)
     return cached["latents"], cached["numbers"], captions
 
 

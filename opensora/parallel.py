@@ -73,13 +73,16 @@ class ParallelContext:
 
         Starts the process groups: gloo for host memory, beside it NCCL or HCCL on such devices, all with
         `config.timeout`. `dtype` is what sharded modules will compute in. `close()` ends the groups.
-        Errors: ValueError when `ulysses` x `ring` does not divide the number of processes.
+        Errors: ValueError when `ulysses` x `ring` does not divide the number of processes, and for `cpu_offload` of
+        weights that are not sharded.
         """
         environment = os.environ if environment is None else environment
         world_size = int(environment.get("WORLD_SIZE", 1))
         _check_mesh(config, world_size)
         launch = {"launch": _launch(environment), "num_restarts": int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))}
         device = resolve_device(device)
+        if config.cpu_offload and world_size == 1 and device.type != "cpu":
+            raise ValueError(f"parallel.cpu_offload must be false for one process, whose weights stay on {device}")
         if world_size == 1:
             return cls(device=device, config=config, dtype=dtype, **launch)
         if device.type != "cpu":
@@ -271,6 +274,8 @@ def _check_mesh(config: ParallelConfig, world_size: int) -> None:
             raise ValueError(f"parallel.{name} must be at least 1, got {value}")
     if config.timeout <= 0:
         raise ValueError(f"parallel.timeout must be positive seconds, got {config.timeout}")
+    if config.cpu_offload and config.sharding == "none":
+        raise ValueError("parallel.cpu_offload must be false for weights that are not sharded (parallel.sharding none)")
     if world_size % (config.ulysses * config.ring):
         raise ValueError(
             f"parallel: ulysses x ring must divide the number of processes, {world_size}, got {config.ulysses} x "

@@ -31,7 +31,7 @@ from opensora.sampler import Sampler
 from opensora.schedulers import TrainingScheduler, build
 from opensora.text.t5 import TextEncoder
 from opensora.text.tiny import build_tiny_text_encoder
-from opensora.training import Batches, Job, LoaderBatches, TrainingResult, prepare_process, run_job
+from opensora.training import Batches, Job, LoaderBatches, TrainingResult, check_options, prepare_process, run_job
 from opensora.vae import VAETiling
 from opensora.validation import HeldOut, held_out, summary, validation_losses, write_losses
 from opensora.video import write_contact_sheet
@@ -47,10 +47,12 @@ def run_train(config: TrainConfig, *, resume: bool = False, context: ParallelCon
     Errors: ValueError for a configuration that cannot train, and for resuming a run of another model; see `run_job` for
     those met on the way.
     """
+    check_options(config.optimizer, config.run)
     _check(config)
     if resume:
         check_resumed(config.run.output, config.transformer)
     context = context or ParallelContext.single_process(config.run.device)
+    _check_ranks(config, context)
     prepare_process(config.run)
     loader = make_loader(
         config.data, seed=config.run.seed, rank=context.data_rank, num_replicas=context.data_world_size
@@ -108,6 +110,20 @@ def _check(config: TrainConfig) -> None:
         if not isinstance(config.scheduler, IDDPMConfig):
             kind = type(config.scheduler).__name__
             raise ValueError(f"train: scheduler must be an IDDPMConfig for LatteT2V, got {kind}")
+
+
+def _check_ranks(config: TrainConfig, context: ParallelContext) -> None:
+    """Refuses what would leave sharded ranks waiting for each other."""
+    if not isinstance(config.transformer, LatteT2VConfig) or config.parallel.sharding == "none":
+        return
+    lengths = {int(num_frames) for cells in config.data.buckets.values() for num_frames in cells}
+    if context.data_world_size > 1 and (config.image_ratio or (1 in lengths and len(lengths) > 1)):
+        # A rank with an image gathers no weights of temporal attention, for which the others wait.
+        raise ValueError(
+            "train: image_ratio must be 0, and buckets of one frame must not stand beside others, for LatteT2V whose "
+            f"weights are spread over ranks (parallel.sharding none copies them), got {config.image_ratio} and buckets "
+            f"of {sorted(lengths)} frames"
+        )
 
 
 def _encoders(config: TrainConfig, dataset: Any, context: ParallelContext) -> tuple[Any | None, TextEncoder | None]:

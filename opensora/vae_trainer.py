@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,11 @@ from opensora.checkpoints import load_model, load_weights, resolve, save_model
 from opensora.config import CausalVideoVAEConfig, TrainVAEConfig, VideoVAEConfig
 from opensora.data.datasets import ClipDataset
 from opensora.data.loader import make_loader
+from opensora.data.prefetch import Prefetcher
 from opensora.metrics import WINDOW, gradient_energy, psnr, ssim
 from opensora.parallel import DTYPES, ParallelContext
 from opensora.perceptual import LPIPS
-from opensora.training import Adversary, Job, LoaderBatches, TrainingResult, prepare_process, run_job
+from opensora.training import Adversary, Job, LoaderBatches, TrainingResult, check_options, prepare_process, run_job
 from opensora.vae import (
     CausalVideoVAE,
     DiscriminatorLoss,
@@ -51,6 +51,7 @@ def run_train_vae(
     Open-Sora-Plan keeps its scaling factor.
     Errors: ValueError for a configuration that cannot train; see `run_job` for those met on the way.
     """
+    check_options(config.optimizer, config.run)
     for name in ("encoded", "use_image_num"):
         if value := getattr(config.data, name):
             raise ValueError(f"train-vae: data.{name} must not be set, for clips in pixels are needed, got {value!r}")
@@ -70,14 +71,15 @@ def run_train_vae(
     )
     heldout = None
     if config.data.validation:
-        validation = replace(config.data, manifest=config.data.validation, batch_size=1)
-        heldout = make_loader(validation, needs_captions=False).dataset
+        data = replace(config.data, manifest=config.data.validation, batch_size=1)
+        heldout = make_loader(data, needs_captions=False).dataset
     vae = context.wrap(vae)
     discriminator = context.wrap(discriminator, is_sharded=False) if discriminator is not None else None
     task = _VAETask(config, vae, discriminator, perceptual, loader.dataset, heldout, context)
+    reads_ahead = context.device.type != "cpu" or config.data.num_workers > 0
     job = Job(
         {"vae": vae},
-        LoaderBatches(loader),
+        Prefetcher(loader, context.device) if reads_ahead else LoaderBatches(loader),
         task.loss,
         task.export,
         config,
@@ -113,6 +115,8 @@ def _check_terms(config: TrainVAEConfig, context: ParallelContext) -> None:
                 f"train-vae: {name} must be off where loss.use_real_rec_loss is: it judges pixels, and this stage "
                 "compares latents alone"
             )
+    if config.run.checkpointing == "selective":
+        raise ValueError("train-vae: run.grad_checkpoint must be full or none for a VAE, got selective")
     if config.parallel.ulysses * config.parallel.ring > 1:
         raise ValueError(
             "train-vae: parallel.ulysses and parallel.ring must be 1, for a VAE has no tokens to cut, got "
@@ -392,4 +396,4 @@ def _valid_lengths(vae: VideoVAE | CausalVideoVAE, num_frames: int) -> list[int]
 def _spread(total: int, count: int) -> list[int]:
     """Up to `count` of `total` indices, evenly spread."""
     count = min(total, count)
-    return [math.floor(i * total / count) for i in range(count)]
+    return [i * total // count for i in range(count)]

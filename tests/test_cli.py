@@ -298,7 +298,7 @@ def test_a_stopped_training_says_how_to_go_on(trained, capsys):
     [
         (["train", "--preset", "huge"], "preset: must be one of"),
         (["train", "--preset", "open-sora-1.2-stage9"], "stages of open-sora-v1.2 are stage1, stage2, stage3, adapt-1"),
-        (["train", "--preset", "open-sora-1.2-stage1", "--stage", "stage2"], "stage: preset open-sora-v1.2 has stage1"),
+        (["train", "--preset", "open-sora-1.2-stage1", "--stage", "stage2"], "'stage1' in --preset and --stage"),
         (["train", "--scale", "small"], "scale: must be one of full, tiny, got 'small'"),
         (["train-vae", "--preset", "open-sora-1.1"], "open-sora-v1.1 has no stages for opensora train-vae"),
         (["train-all", "--only", "close-sora"], "only: must be the beginning of one of open-sora-v1.2 adapt-1-images"),

@@ -78,7 +78,8 @@ def choose_stage(
         raise CommandError(f"preset: {preset.name} has no stages for opensora {command}")
     stage = early_option(arguments, "--stage", named_stage or next(iter(available)))
     if stage not in available or named_stage not in (None, stage):
-        raise CommandError(f"stage: preset {preset.name} has {', '.join(available)}, got {named_stage or stage!r}")
+        got = repr(stage) if named_stage in (None, stage) else f"{named_stage!r} in --preset and --stage {stage!r}"
+        raise CommandError(f"stage: preset {preset.name} has {', '.join(available)}, got {got}")
     scale = early_option(arguments, "--scale", "full")
     return StageChoice(preset, stage, scale, scaled(available[stage], scale), tuple(available))
 
@@ -102,12 +103,12 @@ def run_training(
     add_config_options(parser, choice.config, ALIASES)
     options = parser.parse(arguments)
     choice.check(options)
-    config = choice.complete(config_from_options(type(choice.config), options))
+    config = config_from_options(type(choice.config), options)
     if not config.run.recipe:
         recipe = _recipe(choice.preset.name, choice.stage, choice.scale)
         config = replace(config, run=replace(config.run, recipe=recipe))
     context = _context(config)
-    result = train(config, options["resume"], context)
+    result = train(choice.complete(config), options["resume"], context)
     context.close()
     if context.is_main:
         print(f"step {result.step}, loss {result.loss:.6g}")
@@ -123,8 +124,15 @@ def _context(config: Any) -> ParallelContext:
 
     context = ParallelContext.from_environment(config.parallel, config.run.device, dtype=DTYPES[config.run.dtype])
     if not context.is_main:
-        logging.getLogger().setLevel(logging.ERROR)
+        _hush(context)
     return context
+
+
+def _hush(context: ParallelContext) -> None:
+    """Leave to the main rank what all ranks would say, but not the files that this one alone cannot read."""
+    logging.getLogger().setLevel(logging.ERROR)
+    if context.sequence is None or context.sequence.rank == 0:  # ranks of one sequence read the same files
+        logging.getLogger("opensora.data.loader.skipped").setLevel(logging.WARNING)
 
 
 def _recipe(preset: str, stage: str, scale: str) -> str:

@@ -7,7 +7,7 @@ from opensora.training.batches import LoaderBatches, ShuffledBatches
 from opensora.training.checkpoint import Checkpoints
 from opensora.training.ema import EMA
 from opensora.training.job import Adversary, Batches, Job, TrainingResult
-from opensora.training.loop import run_job
+from opensora.training.loop import check_options, run_job
 from opensora.training.optimizer import build_optimizer, learning_rate
 from opensora.training.randomness import prepare_process
 from opensora.training.weights import TrainedWeights
@@ -23,6 +23,7 @@ __all__ = [
     "TrainedWeights",
     "TrainingResult",
     "build_optimizer",
+    "check_options",
     "learning_rate",
     "prepare_process",
     "run_job",

@@ -51,10 +51,12 @@ class WandB:
         self._run = wandb.init(
             project=project, name=folder.name, id=run_id, dir=str(folder), config=config, resume="allow"
         )
+        # Its own count of steps never falls: values of a run that went back would be dropped until it is passed again.
+        self._run.define_metric("*", step_metric="step")
         replace_file(path, run_id + "\n")
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({"step": step, **values})
 
     def flush(self) -> None:
         """Nothing: it sends by itself."""

@@ -24,7 +24,7 @@ from opensora.training.ceiling import ceiling_flops
 from opensora.training.checkpoint import Checkpoints
 from opensora.training.files import replace_folder
 from opensora.training.interrupts import stop_on_interrupt
-from opensora.training.job import Job, TrainingResult
+from opensora.training.job import Adversary, Job, TrainingResult
 from opensora.training.players import Player
 from opensora.training.randomness import seed_between_steps, seed_micro_batch
 from opensora.training.records import Records, write_run_record
@@ -56,7 +56,9 @@ def run_job(
 
 class _Loop:
     def __init__(self, job: Job, optimizer_config: OptimizerConfig, run: RunConfig, context: ParallelContext) -> None:
-        _check(job, optimizer_config, run)
+        check_options(optimizer_config, run)
+        if job.adversary is not None:
+            _check_adversary(job.adversary)
         self.job = job
         self.num_micro_batches = optimizer_config.accumulation_steps
         self.run_config = run
@@ -71,7 +73,7 @@ class _Loop:
         self.checkpoints = Checkpoints(self.output / "checkpoints", keep=run.keep_checkpoints, context=context)
         self.watch = LossWatch(run)
         self.step = 0
-        self.saved_step = -1
+        self.saved_step = self.exported_step = -1
         self.loss = float("nan")
         self.is_stopping = False
         self.notes: list[str] = []
@@ -102,7 +104,7 @@ class _Loop:
             with stop_on_interrupt() as stop:
                 while not self._run_until_done(stop):
                     self._roll_back()
-            self.checkpoints.wait()
+                self.checkpoints.wait()  # in here: a signal must not cut off what it asks for
         except Exception as error:
             with suppress(OSError):  # the first error counts; what is being written is finished where that is possible
                 self.checkpoints.wait()
@@ -141,6 +143,8 @@ class _Loop:
             records.flush()
             if self.saved_step != self.step:
                 self._save()
+            elif self.exported_step != self.step:  # a kill may have come between a checkpoint and its model
+                self._export()
             if self.step < run.steps:
                 records.note(f"stopped after step {self.step}; resume to go on")
         return True
@@ -210,10 +214,14 @@ class _Loop:
         self.checkpoints.save(self.step, tensors, state)
         self.saved_step = self.step
         self.watch.saved()
+        self._export()
+
+    def _export(self) -> None:
         states = self.player.export()
         with self._averaged():
             if self.context.is_main:
                 replace_folder(self.output / "model", lambda folder: self.job.export(folder, states))
+        self.exported_step = self.step
 
     def _show(self, records: Records) -> None:
         """Samples and validation, where they are due."""
@@ -315,8 +323,13 @@ def _is_about_peers(error: BaseException) -> bool:
     return is_from_gloo or isinstance(error, dist.DistError)
 
 
-def _check(job: Job, optimizer: OptimizerConfig, run: RunConfig) -> None:
-    for name, value in (("steps", run.steps), ("log_every", run.log_every)):
+def check_options(optimizer: OptimizerConfig, run: RunConfig) -> None:
+    """Refuses what no model is needed to see: trainers ask before they load any, and `run_job` asks again.
+
+    Errors: ValueError for a number out of range, and for fp16.
+    """
+    counts = {"steps": run.steps, "log_every": run.log_every, "keep_checkpoints": run.keep_checkpoints}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"run.{name} must be at least 1, got {value}")
     if optimizer.accumulation_steps < 1:
@@ -325,9 +338,9 @@ def _check(job: Job, optimizer: OptimizerConfig, run: RunConfig) -> None:
         raise ValueError("run.dtype must be fp32 or bf16 for training (fp16 gradients underflow), got fp16")
     if run.spike_factor and run.spike_factor <= 1:
         raise ValueError(f"run.spike_factor must be above 1, or 0 for no check, got {run.spike_factor}")
-    if job.adversary is not None:
-        for name, module in job.adversary.modules.items():
-            if any(isinstance(part, FSDPModule) for part in module.modules()):
-                raise ValueError(
-                    f"adversary: modules must be whole on each rank (is_sharded=False), got a sharded {name}"
-                )
+
+
+def _check_adversary(adversary: Adversary) -> None:
+    for name, module in adversary.modules.items():
+        if any(isinstance(part, FSDPModule) for part in module.modules()):
+            raise ValueError(f"adversary: modules must be whole on each rank (is_sharded=False), got a sharded {name}")

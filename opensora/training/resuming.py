@@ -7,8 +7,11 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from opensora.parallel import ParallelContext
 from opensora.training.checkpoint import read_state, shapes_in
+from opensora.training.files import replace_file
 from opensora.training.players import Player
 
 LAUNCH = "launch.txt"
@@ -17,9 +20,12 @@ LAUNCH = "launch.txt"
 def check_checkpoint(path: Path, recipe: str, modules: Mapping[str, str], players: Sequence[Player]) -> dict[str, Any]:
     """The state of a checkpoint of the same recipe and models.
 
-    Errors: ValueError for another recipe, other classes of modules, and other names or shapes of tensors.
+    Errors: ValueError for another recipe, other classes of modules, other names or shapes of tensors, and a checkpoint
+    that is damaged or of a version without one of these.
     """
     state = read_state(path)
+    if missing := [name for name in ("recipe", "modules", "num_updates", "watch") if name not in state]:
+        raise ValueError(f"checkpoint: {path} must be of this version, got one without {', '.join(missing)}")
     if state["recipe"] != recipe and state["recipe"] and recipe:
         raise ValueError(
             f"checkpoint: {path} must be of recipe {recipe}, got one of {state['recipe']}; choose another output, or "
@@ -30,7 +36,11 @@ def check_checkpoint(path: Path, recipe: str, modules: Mapping[str, str], player
     expected: dict[str, tuple[int, ...]] = {}
     for player, num_updates in zip(players, state["num_updates"], strict=True):
         expected |= player.shapes(num_updates)
-    _compare(expected, shapes_in(path))
+    try:
+        found = shapes_in(path)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint: {path} is damaged ({error}); remove it to go on from the one before") from error
+    _compare(expected, found)
     return state
 
 
@@ -62,7 +72,7 @@ def remember_launch(output: Path, context: ParallelContext) -> None:
     """For `is_restart_of_this_launch`; nothing where there is no launcher."""
     if context.launch:
         output.mkdir(parents=True, exist_ok=True)
-        (output / LAUNCH).write_text(context.launch)
+        replace_file(output / LAUNCH, context.launch)
 
 
 def plain(config: Any) -> Any:

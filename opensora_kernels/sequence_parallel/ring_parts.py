@@ -51,6 +51,8 @@ def gradients(
 
 def why_not_flash(q: Tensor, k: Tensor, key_lengths: Tensor | None) -> str | None:
     """A sentence that says why PyTorch's flash attention can't serve, or None."""
+    if 0 in (*q.shape, *k.shape):
+        return f"flash attention takes no empty tensors, got {tuple(q.shape)} and {tuple(k.shape)}"
     if q.device.type != "cuda":
         return f"flash attention runs on CUDA, got {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16):

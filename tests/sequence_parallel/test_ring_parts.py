@@ -56,6 +56,10 @@ def test_flash_attention_is_called_by_its_schema(monkeypatch: pytest.MonkeyPatch
 def test_flash_attention_says_why_it_cannot_serve():
     q, k, *_ = inputs(5, 11)
     assert ring_parts.why_not_flash(q, k, None) == "flash attention runs on CUDA, got cpu"
+    q, k, *_ = inputs(5, 0)
+    assert ring_parts.why_not_flash(q, k, None) == (
+        "flash attention takes no empty tensors, got (2, 3, 5, 16) and (2, 3, 0, 16)"
+    )
 
 
 @pytest.mark.gpu

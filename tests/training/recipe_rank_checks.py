@@ -56,6 +56,16 @@ def every_system_trains_on_ranks_as_in_one_process(world: World) -> None:
                 assert losses == pytest.approx(expected_losses, rel=1e-5, abs=1e-5), name
 
 
+def weights_that_some_ranks_alone_use_are_refused_where_they_are_spread(world: World) -> None:
+    """LatteT2V leaves temporal attention out for an image; ranks with clips would wait for its weights."""
+    config = _config("open-sora-plan-v1.1-65x512x512", world.folder, "refused")
+    context = ParallelContext.of_world(config.parallel, torch.device("cpu"))
+    buckets = {"32": {1: (1.0, 1), 9: (1.0, 1)}}
+    for changes in ({"image_ratio": 0.5}, {"data": replace(config.data, use_image_num=0, buckets=buckets)}):
+        with pytest.raises(ValueError, match="for LatteT2V whose weights are spread over ranks"):
+            run_train(replace(config, **changes), context=context)
+
+
 def _config(name: str, folder: Path, where: str) -> TrainConfig:
     preset, stage = presets.get_with_stage(name)
     config = complete(scaled(preset.training[stage or next(iter(preset.training))], "tiny"), folder / "parts")
@@ -80,4 +90,7 @@ def _held_out(output: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-CHECKS = [every_system_trains_on_ranks_as_in_one_process]
+CHECKS = [
+    every_system_trains_on_ranks_as_in_one_process,
+    weights_that_some_ranks_alone_use_are_refused_where_they_are_spread,
+]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,14 @@ def test_a_broken_run_resumes_with_the_losses_of_an_unbroken_one(tmp_path: Path,
     assert expected.keys() == actual.keys()
     assert {name.split(".")[0] for name in expected} == {"weights", "ema", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_still_exports_its_model(tmp_path: Path):
+    result = train(tmp_path, steps=4)
+    shutil.rmtree(result.model)  # the kill came before it was written
+    result = train(tmp_path, steps=4, resume=True)
+    saved = read_tensors(result.checkpoint)["ema.toy.0.weight"]
+    assert torch.equal(load_file(result.model / "toy.safetensors")["0.weight"], saved)
 
 
 def test_samples_do_not_change_the_losses(tmp_path: Path):
@@ -90,6 +100,27 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: 
     assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.safetensors")}
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
     assert train(tmp_path, steps=8, resume=True).step == 8
+
+
+def test_a_signal_does_not_cut_off_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write = HuggingFaceStorageWriter.write_data
+
+    def write_after_a_signal(self: HuggingFaceStorageWriter, *plan: object) -> object:
+        time.sleep(0.3)  # until the loop has nothing left to do but to wait
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return write(self, *plan)
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)  # as the command does outside of the loop
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_after_a_signal)
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        result = train(tmp_path, steps=2, checkpoint_every=0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (result.step, result.checkpoint.name) == (2, "step-00000002")
 
 
 def test_training_goes_on_while_a_checkpoint_of_its_moment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -139,23 +139,27 @@ def test_wandb_gets_configuration_and_scalars_and_goes_on_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     starts: list[dict[str, Any]] = []
-    logged: list[tuple[int, dict[str, float]]] = []
+    logged: list[dict[str, float]] = []
+    axes: list[dict[str, str]] = []
     finished: list[bool] = []
 
     def init(**options: Any) -> SimpleNamespace:
         starts.append(options)
         return SimpleNamespace(
-            log=lambda values, step: logged.append((step, values)), finish=lambda: finished.append(True)
+            define_metric=lambda names, step_metric: axes.append({names: step_metric}),
+            log=logged.append,
+            finish=lambda: finished.append(True),
         )
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    for steps in (range(1, 3), range(3, 5)):
+    for steps in (range(1, 3), range(2, 4)):  # the second from a checkpoint before the last step
         write(tmp_path, steps, wandb_project="videos", config=OptimizerConfig(lr=0.5))
     assert [start["project"] for start in starts] == ["videos"] * 2
     assert starts[0]["id"] == starts[1]["id"]
     assert starts[0]["config"]["lr"] == 0.5
-    assert [step for step, _ in logged] == [1, 2, 3, 4]
-    assert logged[0][1]["loss"] == 1.0
+    assert [values["step"] for values in logged] == [1, 2, 2, 3]
+    assert axes == [{"*": "step"}] * 2
+    assert logged[0]["loss"] == 1.0
     assert finished == [True] * 2
 
 

@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora import vae_trainer
+from opensora import latents, vae_trainer
 from opensora.checkpoints import load_model, save_model
 from opensora.config import DataConfig, STDiT3Config, VideoVAEConfig
 from opensora.data.datasets import IMAGE_FPS, ClipDataset
 from opensora.data.manifest import read_manifest
 from opensora.data.shapes import generate
+from opensora.inputs import Encoders
 from opensora.models import STDiT3
+from opensora.parallel import ParallelContext
 from opensora.schedulers.rectified_flow import RectifiedFlow
 from opensora.text.t5 import TextEncoder
 from opensora.training.checkpoint import read_tensors
@@ -64,6 +66,18 @@ def test_a_killed_run_resumes_with_the_losses_of_an_unbroken_one(folder: Path, t
     train_small(kind, tmp_path, tmp_path / "broken", resume=True)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 7
+
+
+def test_clips_of_a_vae_are_read_ahead_by_workers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    prefetcher = vae_trainer.Prefetcher
+    monkeypatch.setattr(vae_trainer, "Prefetcher", lambda *arguments: made.append(1) or prefetcher(*arguments))
+    config = vae_config(folder, tmp_path)
+    for num_workers in (0, 1):
+        run = replace(config.run, steps=2, output=str(tmp_path / str(num_workers)))
+        train_small("vae", folder, tmp_path, run=run, data=replace(config.data, num_workers=num_workers))
+    assert made == [1]
+    assert losses(tmp_path / "0") == losses(tmp_path / "1")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -159,6 +173,25 @@ def test_cached_latents_are_encoded_once(folder: Path, tmp_path: Path, monkeypat
     assert len(calls) == 12
 
 
+def test_a_rank_that_finishes_first_does_not_take_away_what_another_is_writing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = flow_config(folder, tmp_path)
+    context = ParallelContext.single_process("cpu")
+    vae = load_model(folder / "vae", VideoVAE, VideoVAEConfig)
+    clips = ClipDataset(read_manifest(folder / "clips.csv"), num_frames=5, image_size=(16, 16))
+    save = latents.save_file
+
+    def save_beside_another(*arguments: object, **options: object) -> None:
+        monkeypatch.setattr(latents, "save_file", save)
+        save(*arguments, **options)
+        latents.cached_batches(config, Encoders(vae, None, context.device), clips, replace(context, rank=1))
+
+    monkeypatch.setattr(latents, "save_file", save_beside_another)
+    latents.cached_batches(config, Encoders(vae, None, context.device), clips, context)
+    assert [path.name for path in tmp_path.iterdir()] == ["latents.safetensors"]
+
+
 def test_a_frozen_text_encoder_is_not_exported(folder: Path, tmp_path: Path):
     config = flow_config(folder, tmp_path)
     trained = train_small("flow", folder, tmp_path / "a", run=replace(config.run, output=str(tmp_path / "a"), steps=1))
@@ -223,6 +256,13 @@ def test_configurations_that_cannot_train_are_refused(
 ):
     with pytest.raises(ValueError, match=message):
         train_small(kind, folder, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("kind", ["flow", "vae"])
+def test_options_are_refused_before_anything_is_read(tmp_path: Path, kind: str):
+    run = replace(flow_config(tmp_path, tmp_path).run, steps=0)
+    with pytest.raises(ValueError, match=r"run\.steps must be at least 1, got 0"):
+        train_small(kind, tmp_path, tmp_path, run=run)  # without clips and models
 
 
 def test_image_ratio_cuts_batches_to_their_first_frame(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

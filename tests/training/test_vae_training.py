@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from opensora import presets, vae_trainer
 from opensora.checkpoints import load_model, save_model
-from opensora.config import AdversaryConfig, CausalVideoVAEConfig, ParallelConfig, VAEConfig, VAELossConfig
+from opensora.config import AdversaryConfig, CausalVideoVAEConfig, ParallelConfig, RunConfig, VAEConfig, VAELossConfig
 from opensora.presets.scaling import scaled
 from opensora.training.records import read_losses
 from opensora.vae import CausalVideoVAE, VideoVAE
@@ -189,6 +189,7 @@ def test_random_lengths_of_a_causal_vae_are_those_it_takes():
         ("stacked", {"mix_factor": 0.5}, r"mix_factor must be none unless"),
         ("stacked", {"freeze_spatial": True}, r"freeze_spatial needs initial_vae or image_vae"),
         ("causal", {"initial_vae": "a", "image_vae": "b"}, r"from initial_vae or from image_vae, got both"),
+        ("stacked", {"run": RunConfig(grad_checkpoint="selective")}, r"grad_checkpoint must be full or none for a VAE"),
         ("causal", {"num_frames": 4}, r"num_frames must be 2 n \+ 1 .* got 4; the nearest are 3 and 5"),
         (
             "causal",
