@@ -307,12 +307,15 @@ class _VAETask:
     def validate(self, step: int) -> dict[str, float]:
         """Scores of held-out clips, shared among the ranks that read different batches."""
         indices = _spread(len(self.heldout), self.config.num_validation_clips)
-        num_ranks = self.context.data_world_size
-        indices += indices[: -len(indices) % num_ranks]  # as many on each rank: all go through a sharded model together
-        mine = indices[self.context.data_rank :: num_ranks]
-        scores = torch.stack([_scores(*self._pair(self.heldout, index)) for index in mine]).mean(0)
-        scores = self.context.mean(scores.float().to(self.context.device))
-        return {f"validation/{name}": float(value) for name, value in zip(SCORES, scores, strict=True)}
+        context, sums = self.context, torch.zeros(1 + len(SCORES))
+        for start in range(0, len(indices), context.data_world_size):
+            number = start + context.data_rank
+            # In the last round some ranks have no clip of their own, but all go through a sharded model together.
+            scores = _scores(*self._pair(self.heldout, indices[number % len(indices)])).float()
+            if number < len(indices):
+                sums += torch.cat([torch.ones(1), scores.cpu()])
+        count, *totals = context.mean(sums.to(context.device)).tolist()
+        return {f"validation/{name}": total / count for name, total in zip(SCORES, totals, strict=True)}
 
     def _pair(self, clips: ClipDataset, index: int) -> tuple[Tensor, Tensor]:
         """A clip and its reconstruction from posterior means, uint8."""

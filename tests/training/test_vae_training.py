@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from opensora import presets, vae_trainer
 from opensora.checkpoints import load_model, save_model
 from opensora.config import AdversaryConfig, CausalVideoVAEConfig, ParallelConfig, VAEConfig, VAELossConfig
+from opensora.data.loader import make_loader
+from opensora.parallel import ParallelContext
 from opensora.presets.scaling import scaled
 from opensora.training.records import read_losses
 from opensora.vae import CausalVideoVAE, VideoVAE
@@ -119,6 +122,36 @@ def test_heldout_clips_are_scored_and_shown(folder: Path, tmp_path: Path):
     run = run_of(folder, tmp_path, steps=2, sample_every=2, validate_every=1)
     train_small("vae", folder, tmp_path, vae=CAUSAL_VAE, data=data, run=run)
     assert (tmp_path / "samples" / "heldout-00000002.png").exists()
+
+
+class OneOfMany(ParallelContext):
+    """A rank of sixteen that read different batches, which remembers what is to be added up."""
+
+    data_world_size = 16
+    sums: ClassVar[list[torch.Tensor]] = []
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        self.sums.append(values)
+        return torch.ones_like(values)
+
+
+def test_more_ranks_than_held_out_clips_share_them(folder: Path, tmp_path: Path):
+    config = replace(vae_config(folder, tmp_path), vae=CAUSAL_VAE)
+    vae, clips = vae_trainer._build(config, torch.device("cpu")), make_loader(config.data).dataset
+
+    def validate(context: ParallelContext) -> dict[str, float]:
+        with torch.no_grad():
+            return vae_trainer._VAETask(config, vae, None, None, clips, clips, context).validate(1)
+
+    for rank in range(16):
+        validate(OneOfMany(rank=rank))
+    count, *totals = sum(OneOfMany.sums).tolist()
+    assert count == len(clips) == 6
+    assert [total / count for total in totals] == pytest.approx(list(validate(ParallelContext()).values()), rel=1e-5)
 
 
 def test_sharpness_is_the_share_of_gradient_energy_that_is_left():
