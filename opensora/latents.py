@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opensora.config import TrainConfig
 from opensora.data.datasets import ClipDataset
+from opensora.data.shards import replacing
 from opensora.inputs import Encoders
 from opensora.parallel import ParallelContext
 from opensora.training import ShuffledBatches
@@ -71,9 +72,8 @@ def _encode_all(config: TrainConfig, encoders: Encoders, clips: ClipDataset) -> 
         captions.append(clip["text"])
     cached = {"latents": torch.stack(latents), "numbers": torch.tensor(numbers)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    save_file(cached, temporary, metadata={"key": key, "captions": json.dumps(captions)})
-    temporary.replace(path)
+    with replacing(path) as temporary:  # every rank does this, each with a temporary file of its own
+        save_file(cached, temporary, metadata={"key": key, "captions": json.dumps(captions)})
     return cached["latents"], cached["numbers"], captions
 
 
