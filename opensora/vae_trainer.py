@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from opensora.checkpoints import load_model, load_weights, resolve, save_model
 from opensora.config import CausalVideoVAEConfig, TrainVAEConfig, VideoVAEConfig
 from opensora.data.datasets import ClipDataset
-from opensora.data.loader import make_loader
+from opensora.data.loader import make_loader, skipped_logger
 from opensora.metrics import WINDOW, gradient_energy, psnr, ssim
 from opensora.parallel import DTYPES, ParallelContext
 from opensora.perceptual import LPIPS
@@ -319,7 +319,10 @@ class _VAETask:
 
     def _pair(self, clips: ClipDataset, index: int) -> tuple[Tensor, Tensor]:
         """A clip and its reconstruction from posterior means, uint8."""
-        x_BCTHW = self._moved(clips[index]["video"][None])
+        clip = clips[index]
+        for path, reason in clip["skipped"]:
+            skipped_logger.warning("skipped %s, to be compared: %s", path, reason)
+        x_BCTHW = self._moved(clip["video"][None])
         return to_uint8(x_BCTHW[0]), to_uint8(self._run(x_BCTHW, use_mean=True).x_rec[0])
 
     def _run(self, x_BCTHW: Tensor, *, decode_pixels: bool = True, use_mean: bool = False) -> VAEOutput:

@@ -124,6 +124,7 @@ def _context(config: Any) -> ParallelContext:
     context = ParallelContext.from_environment(config.parallel, config.run.device, dtype=DTYPES[config.run.dtype])
     if not context.is_main:
         logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger("opensora.data.loader.skipped").setLevel(logging.WARNING)
     return context
 
 

@@ -21,6 +21,8 @@ from opensora.data.manifest import Manifest, read_manifest
 from opensora.data.samplers import FixedSizeBatchSampler, VariableVideoBatchSampler
 
 logger = logging.getLogger(__name__)
+# Of its own, since ranks read different files: where only one of them tells how it goes, all tell what they skip.
+skipped_logger = logging.getLogger(f"{__name__}.skipped")
 Batch = dict[str, Any]
 NUMBERS = {"num_frames", "height", "width", "ar", "fps"}
 STACKED = {"video", "latents", "latents_std", "y", "mask", "images"} | {
@@ -111,7 +113,8 @@ class ClipLoader:
         self.num_replaced += sum(1 for of_clip in skipped if of_clip)
         for path, reason in (pair for of_clip in skipped for pair in of_clip):
             if path not in self.skipped:
-                logger.warning("skipped %s: %s (unreadable files so far: %d)", path, reason, len(self.skipped) + 1)
+                count = len(self.skipped) + 1
+                skipped_logger.warning("skipped %s: %s (unreadable files so far: %d)", path, reason, count)
             self.skipped[path] = reason
 
 

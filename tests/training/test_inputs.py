@@ -171,6 +171,14 @@ def test_held_out_losses_depend_on_weights_alone(clips: DataConfig, config: Any)
     assert other["5_frames"] == pytest.approx(first["5_frames"], rel=1e-5)
 
 
+def test_held_out_files_that_cannot_be_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    data = held_out(DataConfig(validation=str(write_clips(tmp_path)), image_size=(16, 16), num_frames=5), 1)
+    (tmp_path / "0.mp4").unlink()
+    context = ParallelContext.single_process("cpu")
+    validation_losses(data, encoders(), build(RectifiedFlowConfig()), model_of, context)
+    assert f"skipped {tmp_path / '0.mp4'}, held out: No such file" in caplog.text
+
+
 def test_held_out_losses_of_rectified_flow_are_those_of_its_formula(clips: DataConfig):
     """x = (1 - u) z + u n, the model says u x, the truth is z - n."""
     data = held_out(clips, 1)
