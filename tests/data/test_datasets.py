@@ -278,6 +278,11 @@ def test_skipped_files_are_counted_named_and_logged_once(manifest_with_bad_files
     assert sum("skipped" in record.message for record in caplog.records) == 3
 
 
+def test_a_training_without_a_list_of_clips_is_refused():
+    with pytest.raises(ValueError, match=r"data\.manifest must name a list of clips .*, got ''"):
+        make_loader(DataConfig())
+
+
 def test_clips_that_no_bucket_takes_are_an_error(manifest):
     config = DataConfig(manifest=manifest, buckets={"144p": {5: (1.0, 2)}})
     with pytest.raises(ValueError, match="check the buckets against the clips' sizes"):
