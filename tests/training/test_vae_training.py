@@ -260,6 +260,11 @@ def test_every_stage_of_a_release_can_be_built_scaled_down(name: str, stage: str
     assert max(lengths) == config.data.num_frames
 
 
+def test_clips_are_cut_as_upstream_cuts_them():
+    cuts = {(name, presets.get(name).vae_training[stage].data.fit) for name, stage in STAGES}
+    assert cuts == {("open-sora-v1.2", "center"), ("open-sora-plan-v1.0", "crop"), ("open-sora-plan-v1.1", "crop")}
+
+
 def _structure(config: VAEConfig) -> object:
     if not isinstance(config, CausalVideoVAEConfig):
         return type(config)
