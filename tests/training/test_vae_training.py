@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from opensora import presets, vae_trainer
 from opensora.checkpoints import load_model, save_model
+from opensora.cli import main
 from opensora.config import AdversaryConfig, CausalVideoVAEConfig, ParallelConfig, VAEConfig, VAELossConfig
 from opensora.data.loader import make_loader
 from opensora.parallel import ParallelContext
@@ -258,6 +259,16 @@ def test_every_stage_of_a_release_can_be_built_scaled_down(name: str, stage: str
     lengths = vae_trainer._lengths(config, vae)
     assert (vae_trainer._build_discriminator(config, lengths) is None) == (whole.adversary.kind == "none")
     assert max(lengths) == config.data.num_frames
+
+
+def test_train_all_trains_against_the_discriminator_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    stage = "open-sora-plan-v1.1 vae gan2d"
+    assert main(["train-all", "--only", stage, "--steps", "2", "--output", str(tmp_path)]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["stage", "first", "last", "s/step", "before", "after"]
+    assert row.startswith(stage)
+    rows = read_losses(tmp_path / stage.replace(" ", "-"))
+    assert [float(row["adversarial"]) == 0 for row in rows] == [True, False]
 
 
 def test_clips_are_cut_as_upstream_cuts_them():
