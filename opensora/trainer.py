@@ -47,10 +47,10 @@ def run_train(config: TrainConfig, *, resume: bool = False, context: ParallelCon
     Errors: ValueError for a configuration that cannot train, and for resuming a run of another model; see `run_job` for
     those met on the way.
     """
-    _check(config)
+    context = context or ParallelContext.single_process(config.run.device)
+    _check(config, context)
     if resume:
         check_resumed(config.run.output, config.transformer)
-    context = context or ParallelContext.single_process(config.run.device)
     prepare_process(config.run)
     loader = make_loader(
         config.data, seed=config.run.seed, rank=context.data_rank, num_replicas=context.data_world_size
@@ -90,7 +90,7 @@ def _batches(config: TrainConfig, encoders: Encoders, loader: ClipLoader, contex
     return LoaderBatches(loader)
 
 
-def _check(config: TrainConfig) -> None:
+def _check(config: TrainConfig, context: ParallelContext) -> None:
     """Refuses what no files are needed to see."""
     if not 0 <= config.image_ratio <= 1:
         raise ValueError(f"train: image_ratio must lie in [0, 1], got {config.image_ratio}")
@@ -108,6 +108,14 @@ def _check(config: TrainConfig) -> None:
         if not isinstance(config.scheduler, IDDPMConfig):
             kind = type(config.scheduler).__name__
             raise ValueError(f"train: scheduler must be an IDDPMConfig for LatteT2V, got {kind}")
+        lengths = {num_frames for cells in config.data.buckets.values() for num_frames in cells}
+        if (config.image_ratio or {1} < lengths) and context.data_world_size > 1 and config.parallel.sharding == "full":
+            # Images pass its blocks over time by, whose weights the ranks with clips would wait to be gathered.
+            raise ValueError(
+                "train: parallel.sharding must be 'none' for LatteT2V where some ranks have clips and others images, "
+                f"got image_ratio {config.image_ratio} and buckets of {sorted(lengths)} frames; data.use_image_num "
+                "puts images beside clips"
+            )
 
 
 def _encoders(config: TrainConfig, dataset: Any, context: ParallelContext) -> tuple[Any | None, TextEncoder | None]:
