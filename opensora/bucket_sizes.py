@@ -249,17 +249,23 @@ def latent_size_of(vae: str, kind: VAEKind) -> Callable[[Size], Size]:
 def build_transformer(
     config: TrainConfig, *, dtype: torch.dtype, device: torch.device, grad_checkpoint: Any
 ) -> nn.Module:
-    """The transformer of a training with random weights. ValueError for one of clips of one size."""
+    """The transformer of a training with random weights, frozen as far as it is there. ValueError for one of clips of
+    one size."""
     if not isinstance(config.transformer, (STDiT2Config, STDiT3Config)):
         kind = type(config.transformer).__name__
         raise ValueError(f"find-batch-sizes: transformer must take clips of any size, got {kind}")
     with torch.device(device):
         transformer = MODEL_OF[type(config.transformer)](config.transformer)
+    for name, parameter in transformer.named_parameters():
+        if name.startswith(config.frozen):
+            parameter.requires_grad_(False)
     transformer = transformer.to(device, dtype).train()
     transformer.set_gradient_checkpointing(grad_checkpoint)
     return transformer
 
 
 def training_state_bytes(transformer: nn.Module, shards: int = 1) -> int:
-    """Of fp32 weights, two moments and averages, beside the weights and gradients that a step measures."""
-    return 16 * sum(parameter.numel() for parameter in transformer.parameters()) // shards
+    """Of fp32 weights, two moments and averages of what is trained, beside the weights and gradients that a step
+    measures."""
+    trained = (parameter for parameter in transformer.parameters() if parameter.requires_grad)
+    return 16 * sum(parameter.numel() for parameter in trained) // shards

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opensora.config import TrainConfig
 from opensora.data.datasets import ClipDataset
+from opensora.data.shards import replacing
 from opensora.inputs import Encoders
 from opensora.parallel import ParallelContext
 from opensora.training import ShuffledBatches
@@ -73,11 +74,10 @@ def _encode_all(
         numbers.append([float(clip[name]) for name in NUMBERS])
         captions.append(clip["text"])
     cached = {"latents": torch.stack(latents), "numbers": torch.tensor(numbers)}
-    if context.is_main:  # of several writers, one would rename the file under the others' hands
+    if context.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".writing")
-        save_file(cached, temporary, metadata={"key": key, "captions": json.dumps(captions)})
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(cached, temporary, metadata={"key": key, "captions": json.dumps(captions)})
     return cached["latents"], cached["numbers"], captions
 
 

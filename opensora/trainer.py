@@ -120,9 +120,9 @@ def _check_ranks(config: TrainConfig, context: ParallelContext) -> None:
     if context.data_world_size > 1 and (config.image_ratio or (1 in lengths and len(lengths) > 1)):
         # A rank with an image gathers no weights of temporal attention, for which the others wait.
         raise ValueError(
-            "train: image_ratio must be 0, and buckets of one frame must not stand beside others, for LatteT2V whose "
-            f"weights are spread over ranks (parallel.sharding none copies them), got {config.image_ratio} and buckets "
-            f"of {sorted(lengths)} frames"
+            "train: parallel.sharding must be 'none' for LatteT2V where some ranks have clips and others images, "
+            f"got image_ratio {config.image_ratio} and buckets of {sorted(lengths)} frames; data.use_image_num "
+            "puts images beside clips"
         )
 
 

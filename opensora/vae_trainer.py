@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opensora.checkpoints import load_model, load_weights, resolve, save_model
 from opensora.config import CausalVideoVAEConfig, TrainVAEConfig, VideoVAEConfig
 from opensora.data.datasets import ClipDataset
-from opensora.data.loader import make_loader
+from opensora.data.loader import make_loader, skipped_logger
 from opensora.data.prefetch import Prefetcher
 from opensora.metrics import WINDOW, gradient_energy, psnr, ssim
 from opensora.parallel import DTYPES, ParallelContext
@@ -311,16 +311,22 @@ class _VAETask:
     def validate(self, step: int) -> dict[str, float]:
         """Scores of held-out clips, shared among the ranks that read different batches."""
         indices = _spread(len(self.heldout), self.config.num_validation_clips)
-        num_ranks = self.context.data_world_size
-        indices += indices[: -len(indices) % num_ranks]  # as many on each rank: all go through a sharded model together
-        mine = indices[self.context.data_rank :: num_ranks]
-        scores = torch.stack([_scores(*self._pair(self.heldout, index)) for index in mine]).mean(0)
-        scores = self.context.mean(scores.float().to(self.context.device))
-        return {f"validation/{name}": float(value) for name, value in zip(SCORES, scores, strict=True)}
+        context, sums = self.context, torch.zeros(1 + len(SCORES))
+        for start in range(0, len(indices), context.data_world_size):
+            number = start + context.data_rank
+            # In the last round some ranks have no clip of their own, but all go through a sharded model together.
+            scores = _scores(*self._pair(self.heldout, indices[number % len(indices)])).float()
+            if number < len(indices):
+                sums += torch.cat([torch.ones(1), scores.cpu()])
+        count, *totals = context.mean(sums.to(context.device)).tolist()
+        return {f"validation/{name}": total / count for name, total in zip(SCORES, totals, strict=True)}
 
     def _pair(self, clips: ClipDataset, index: int) -> tuple[Tensor, Tensor]:
         """A clip and its reconstruction from posterior means, uint8."""
-        x_BCTHW = self._moved(clips[index]["video"][None])
+        clip = clips[index]
+        for path, reason in clip["skipped"]:
+            skipped_logger.warning("skipped %s, to be compared: %s", path, reason)
+        x_BCTHW = self._moved(clip["video"][None])
         return to_uint8(x_BCTHW[0]), to_uint8(self._run(x_BCTHW, use_mean=True).x_rec[0])
 
     def _run(self, x_BCTHW: Tensor, *, decode_pixels: bool = True, use_mean: bool = False) -> VAEOutput:

@@ -20,7 +20,7 @@ from torch import Tensor
 from opensora.config import DataConfig
 from opensora.data.buckets import Buckets
 from opensora.data.datasets import ClipDataset
-from opensora.data.loader import clips_of, collate, read_clips
+from opensora.data.loader import clips_of, collate, read_clips, skipped_logger
 from opensora.data.samplers import ClipRequest
 from opensora.inputs import Encoders, Inputs
 from opensora.parallel import ParallelContext
@@ -108,7 +108,10 @@ def validation_losses(
         for i in range(share):
             number = i * context.data_world_size + context.data_rank
             request = requests[number % len(requests)]
-            inputs = encoders(collate([data.clips[request]]), sample_posterior=False)
+            clip = data.clips[request]
+            for path, reason in clip["skipped"]:
+                skipped_logger.warning("skipped %s, held out: %s", path, reason)
+            inputs = encoders(collate([clip]), sample_posterior=False)
             of_clip = _losses_of_clip(inputs, request.index, data.rows[name], scheduler, conditioned)
             if number < len(requests):  # the last round may have clips for some ranks only
                 sums += torch.stack([of_clip, torch.ones_like(of_clip)])

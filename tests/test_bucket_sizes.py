@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from opensora import presets
-from opensora.bucket_sizes import Cost, find_batch_sizes, largest_size
+from opensora.bucket_sizes import Cost, build_transformer, find_batch_sizes, largest_size, training_state_bytes
 from opensora.cli import main
+from opensora.presets.scaling import scaled
 
 TABLE = {
     "144p": {1: (1.0, 4), 51: ((1.0, 0.3), 1), 102: (0.5, 1)},
@@ -115,6 +116,18 @@ def test_the_command_measures_a_small_model_and_training_takes_the_table(tmp_pat
     assert seen[0].data.buckets["144p"][1][0] == 1.0
     assert seen[0].data.buckets["144p"][17][0] == (1.0, 0.5)
     assert seen[0].data.buckets["144p"][17][1] == 1
+
+
+def test_what_is_frozen_has_no_gradient_and_no_state():
+    stages = presets.get("open-sora-v1.2").training
+    options = {"dtype": torch.float32, "device": torch.device("cpu"), "grad_checkpoint": "none"}
+    images, temporal = (
+        build_transformer(scaled(stages[name], "tiny"), **options) for name in ("adapt-1-images", "adapt-8-video")
+    )
+    assert not any(p.requires_grad for p in images.temporal_blocks.parameters())
+    for model in (images, temporal):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert training_state_bytes(model) == 16 * trained < 16 * sum(p.numel() for p in model.parameters())
 
 
 def test_the_command_refuses_presets_without_buckets_and_of_one_size(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ import torch
 
 from opensora import presets
 from opensora.cli import COMMANDS, main
+from opensora.cli.training import _context
 from opensora.config import TrainConfig, TrainVAEConfig
+from opensora.data.loader import skipped_logger
 from opensora.data.reading import probe, read_frames
 from opensora.parallel import ParallelContext
 from opensora.presets.scaling import scaled
@@ -59,6 +62,22 @@ def test_processes_of_torchrun_make_a_clip_together(models, tmp_path, capsys):
     assert alone.shape[-2:] == (32, 48)
     assert (alone - together).abs().max() <= 1  # a rounding to 256 levels
     assert "ring: must divide the number of processes, 1, got 2" in refused(capsys, *arguments, "--ring", "2")
+
+
+def test_every_rank_names_the_files_that_it_skips(monkeypatch):
+    def of_second_rank(*arguments: object, **options: object) -> ParallelContext:
+        return ParallelContext(rank=1, world_size=2)
+
+    monkeypatch.setattr(ParallelContext, "from_environment", of_second_rank)
+    root = logging.getLogger()
+    before = root.level
+    try:
+        _context(TrainConfig())
+        assert not logging.getLogger("opensora.data.loader").isEnabledFor(logging.WARNING)
+        assert skipped_logger.isEnabledFor(logging.WARNING)
+    finally:
+        root.setLevel(before)
+        skipped_logger.setLevel(logging.NOTSET)
 
 
 def test_a_prompt_becomes_a_video_and_a_contact_sheet_twice_the_same(models, tmp_path, capsys):

@@ -15,7 +15,7 @@ from opensora.config import Preset
 
 if TYPE_CHECKING:
     from opensora.estimate.placement import Hardware
-    from opensora.estimate.training import BucketClip, TrainingOnPaper
+    from opensora.estimate.training import BucketClip, TrainingEstimate, TrainingOnPaper
 
 DEFAULT_PRESET = "open-sora-v1.2"
 _EXAMPLE = "1 minute at 1080p on 8 x 80 GB"
@@ -112,7 +112,8 @@ def _train(
         estimates = _settings(options, paper, clip)
         if options["json"]:
             return _print_json([asdict(estimate) for estimate in estimates])
-        return print_settings(title, clip, estimates)
+        does_fit = options["sequence"] is not None or any(estimate.buckets[0].fits for estimate in estimates)
+        return print_settings(title, clip, estimates, enough=None if does_fit else _enough(paper, clip))
     clips = list(buckets_of(config))
     if options["batch_size"]:
         clips = [replace(clip, batch=options["batch_size"]) for clip in clips]
@@ -127,6 +128,18 @@ def _settings(options: dict[str, Any], paper: TrainingOnPaper, clip: BucketClip)
     degrees = [options["sequence"]] if options["sequence"] else [n for n in _powers(num_gpus) if num_gpus % n == 0]
     modes = [options["grad_checkpoint"]] if options["grad_checkpoint"] else ["none", "selective", "full"]
     return [paper.estimate([clip], checkpointing=mode, sequence_ranks=n) for n in degrees for mode in modes]
+
+
+def _enough(paper: TrainingOnPaper, clip: BucketClip) -> TrainingEstimate | None:
+    """Of twice, four, ... 32 times the GPUs, all of which share the clip, the fewest that fit it."""
+    for more in (2, 4, 8, 16, 32):
+        hardware = replace(paper.hardware, num_gpus=more * paper.hardware.num_gpus)
+        estimate = replace(paper, hardware=hardware).estimate(
+            [clip], checkpointing="full", sequence_ranks=hardware.num_gpus
+        )
+        if estimate.buckets[0].fits:
+            return estimate
+    return None
 
 
 def _sample(options: dict[str, Any], preset: Preset, hardware: Hardware, size: tuple[int, int, int] | None) -> int:

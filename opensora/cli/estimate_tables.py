@@ -35,8 +35,13 @@ def print_buckets(title: str, estimate: TrainingEstimate) -> int:
     return 0
 
 
-def print_settings(title: str, clip: BucketClip, estimates: Sequence[TrainingEstimate]) -> int:
-    """A row for each way to train on one clip, and the one to take: the first that fits shares and recomputes least."""
+def print_settings(
+    title: str, clip: BucketClip, estimates: Sequence[TrainingEstimate], *, enough: TrainingEstimate | None = None
+) -> int:
+    """A row for each way to train on one clip, and the one to take: the first that fits shares and recomputes least.
+
+    enough: of more GPUs, where none fits.
+    """
     hardware = estimates[0].hardware
     heads = ("ulysses x ring", "checkpointing", "batch", "tokens", "activations", "memory", "fits", "largest batch")
     table = _table(*heads, "work", "seconds")
@@ -54,13 +59,10 @@ def print_settings(title: str, clip: BucketClip, estimates: Sequence[TrainingEst
             "GPUs, a smaller clip, or --encoded where pixels are the most.",
             highlight=False,
         )
+        if enough is not None:
+            console.print(f"{_machine(enough.hardware)} fit it: {_options(enough)}", highlight=False)
     else:
-        degree = fitting.degree
-        console.print(
-            f"Fits: --parallel.ulysses {degree.ulysses} --parallel.ring {degree.ring} --run.grad-checkpoint "
-            f"{fitting.checkpointing}",
-            highlight=False,
-        )
+        console.print(f"Fits: {_options(fitting)}", highlight=False)
     console.print(_caution(hardware), highlight=False)
     return 0
 
@@ -88,6 +90,14 @@ def print_stages(estimate: SamplingEstimate, *, fps: float) -> int:
     ]
     console.print("\n".join(lines), highlight=False)
     return 0
+
+
+def _options(estimate: TrainingEstimate) -> str:
+    degree = estimate.degree
+    return (
+        f"--parallel.ulysses {degree.ulysses} --parallel.ring {degree.ring} --run.grad-checkpoint "
+        f"{estimate.checkpointing}"
+    )
 
 
 def _cells(row: BucketMemory) -> tuple[str, ...]:

@@ -125,6 +125,9 @@ def _train(stage: Stage, folder: Path, folders: dict[str, Path], *, steps: int, 
     from opensora.tiny_parts import complete
 
     config = scaled(stage.config, scale)
+    if isinstance(config, TrainVAEConfig):  # the discriminator comes in as early in these steps as in all
+        start = config.adversary.start * steps // config.run.steps
+        config = replace(config, adversary=replace(config.adversary, start=start))
     changes = {"output": str(folder), "steps": steps, "validate_every": steps, "sample_every": 0, "tensorboard": False}
     config = replace(config, run=replace(config.run, **changes, log_every=steps))
     before = _run_of(stage.before, folders)

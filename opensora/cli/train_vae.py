@@ -1,4 +1,4 @@
-"""`opensora train-vae`: the stacked video VAE."""
+"""`opensora train-vae`: a video VAE, with or without a discriminator."""
 
 from __future__ import annotations
 

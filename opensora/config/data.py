@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Fit = Literal["resize_crop", "center", "square", "long_side"]
+Fit = Literal["resize_crop", "center", "square", "long_side", "crop"]
 # {resolution: {num_frames: (keep_probability or (keep, frame_probability), batch_size)}}
 BucketTable = dict[str, dict[int, tuple[float | tuple[float, float], int]]]
 

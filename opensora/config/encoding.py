@@ -16,9 +16,9 @@ class EncodeConfig:
 
     `store` "mean" keeps the posterior's mean, "moments" its standard deviation too, so that a training can sample.
     `storage` is the type on disk, `dtype` and `text_dtype` those of the models. Embeddings are cut to the tokens of
-    their caption unless `keep_padding`. `batch_size` clips
-    of one size are encoded at once; `shard_bytes` is the size at which a shard is written. `text_encoder` "" encodes no
-    captions. `tile_vae` is that of the training. `retry_unread` tries clips again that could not be read before.
+    their caption unless `keep_padding`. `batch_size` clips of one size are encoded at once; `shard_bytes` is the size
+    at which a shard is written. `text_encoder` "" encodes no captions. `tile_vae` is that of the training.
+    `retry_unread` tries clips again that could not be read before.
     """
 
     output: str = ""

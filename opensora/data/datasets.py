@@ -95,7 +95,13 @@ class ClipDataset(Dataset):
         clip = self.manifest.clips[candidate]
         rng = random.Random(f"{self.seed}-{epoch}-{item}-{candidate}")
         indices = self._frames(clip, num_frames, rng)
-        video = transform_frames(frames := self._pixels(clip, indices), size or tuple(frames.shape[2:]), fit=self.fit)
+        frames = self._pixels(clip, indices)
+        try:
+            video = transform_frames(frames, size or tuple(frames.shape[2:]), fit=self.fit)
+        except ValueError as error:
+            if self.fit not in ("long_side", "crop"):  # which do not enlarge small frames
+                raise
+            raise VideoError(clip.path, str(error)) from error
         if self.flip and rng.random() < 0.5:
             video = video.flip(-1)
         fps = clip.fps if self.file_fps else float(clip.fps // self.frame_interval)

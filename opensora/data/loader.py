@@ -174,7 +174,12 @@ def make_loader(
 
 
 def read_clips(config: DataConfig, manifest: str) -> Manifest:
-    """The usable rows of a manifest; the others are named in the log."""
+    """The usable rows of a manifest; the others are named in the log.
+
+    Errors: those of `read_manifest`; ValueError for ''.
+    """
+    if not manifest:
+        raise ValueError("data.manifest must name a list of clips (CSV, JSONL, Parquet, JSON or text), got ''")
     read = read_manifest(manifest, empty_captions=config.empty_captions)
     if read.bad_rows:
         logger.warning("%s", read.describe())

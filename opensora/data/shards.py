@@ -43,8 +43,8 @@ class Row:
     clip_frames, clip_height, clip_width, clip_fps   what was encoded, in frames, pixels and frames per second
     resolution, aspect           its bucket, "" without buckets
     shard, shard_bytes           the file below shards/, and its size
-    key, text_key                names in it: key + ".latents", ".std", text_key + ".y",
-                                 ".length" or ".mask"; text_key "" where no texts are encoded
+    key, text_key                names in it: key + ".latents" and ".std", text_key + ".y" and ".length"; text_key ""
+                                 where no texts are encoded
     """
 
     path: str

@@ -1,8 +1,8 @@
 """From decoded frames to a clip of the requested length and size, values in [-1, 1].
 
 Open-Sora ("resize_crop", "center"): videos are resized as float tensors, bilinear without antialiasing; images through
-PIL, bicubic with it. Open-Sora-Plan ("square", "long_side"): both as float tensors, bilinear with antialiasing. That is
-what the released models were trained on. T frames, C channels, H height, W width.
+PIL, bicubic with it. Open-Sora-Plan ("square", "long_side"): both as float tensors, bilinear with antialiasing; for its
+VAEs ("crop"): not resized. That is what the released models were trained on. T frames, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ def transform_video(frames_TCHW: Tensor, size: tuple[int, int], *, fit: Fit = "r
     Shapes: uint8 (T, 3, H, W) to fp32 (T, 3, *size). `size` is (height, width) in pixels.
     "resize_crop" fills `size` and cuts what juts out on both sides; "center" scales the shorter side to size[0] and
     cuts the centre; "square" cuts the central square and scales it; "long_side" scales the longer side down to size[0]
-    if it is longer, and cuts right and below to multiples of 16, so that the result can be smaller than `size`.
-    Source: Open-Sora v1.2.0, opensora/datasets/video_transforms.py; of the last two Open-Sora-Plan v1.1.0,
-    opensora/dataset/transform.py.
+    if it is longer, and cuts right and below to multiples of 16, so that the result can be smaller than `size`; "crop"
+    cuts the centre of frames as they are.
+    Errors: ValueError for a `size` that is none, and for frames too small for "long_side" or "crop".
+    Source: Open-Sora v1.2.0, opensora/datasets/video_transforms.py; of the last three Open-Sora-Plan v1.1.0,
+    opensora/dataset/transform.py and opensora/models/ae/videobase/dataset_videobase.py.
     """
     _check_size(size)
     frames = frames_TCHW.float() / 255.0
@@ -64,6 +66,8 @@ def transform_video(frames_TCHW: Tensor, size: tuple[int, int], *, fit: Fit = "r
         return 2 * resize(center_crop(frames, (min(frames.shape[-2:]),) * 2), size) - 1
     if fit == "long_side":
         return 2 * crop_to_multiple(shrink_long_side(frames, size[0]), LONG_SIDE_STRIDE) - 1
+    if fit == "crop":
+        return 2 * center_crop(frames, size) - 1
     if fit == "resize_crop":
         scaled = fill_size((frames.shape[-2], frames.shape[-1]), size)
         top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2

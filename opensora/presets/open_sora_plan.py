@@ -112,8 +112,8 @@ def vae_training(
     steps: int,
     kind: str = "none",
 ) -> TrainVAEConfig:
-    """The stage of clips of 256 x 256 pixels, one for each of 8 accelerators, LPIPS at full weight and a discriminator
-    of `kind`, which begins from the stage `before`.
+    """The stage of clips of 256 x 256 pixels, cut out of the middle, one for each of 8 accelerators, LPIPS at full
+    weight and a discriminator of `kind`, which begins from the stage `before`.
 
     Set `loss.perceptual_path` to the weights of LPIPS, or `loss.perceptual_weight` to 0. Upstream averaged no weights
     before 1.2, where it did with a decay of 0.999: set `optimizer.ema_decay` to do the same.
@@ -123,7 +123,7 @@ def vae_training(
         vae=vae,
         loss=VAELossConfig(perceptual_weight=1.0, kl_weight=1e-6),
         adversary=AdversaryConfig(kind=kind, start=2001, weight=0.5, optimizer=optimizer),
-        data=DataConfig(image_size=(256, 256), num_frames=num_frames, batch_size=1, num_workers=8),
+        data=DataConfig(image_size=(256, 256), num_frames=num_frames, batch_size=1, num_workers=8, fit="crop"),
         optimizer=optimizer,
         run=RunConfig(
             output=_output(version, f"vae-{stage}"),

@@ -117,7 +117,9 @@ def vae_training(stage: str = "stage1") -> TrainVAEConfig:
             use_image_identity_loss=stage == "stage1",
             perceptual_weight=0.1 if in_pixels else 0.0,
         ),
-        data=DataConfig(image_size=(256, 256), num_frames=33 if in_pixels else 17, batch_size=1, num_workers=8),
+        data=DataConfig(
+            image_size=(256, 256), num_frames=33 if in_pixels else 17, batch_size=1, num_workers=8, fit="center"
+        ),
         optimizer=OptimizerConfig(lr=1e-5, eps=1e-8),
         run=RunConfig(
             output=f"outputs/open-sora-v1-2-vae-{stage}",

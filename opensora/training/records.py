@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -38,7 +39,8 @@ class Records:
     `device` so far.
 
     On resume the rows after `first_step` are dropped: those steps run again. Only the main rank writes and prints; on
-    the others nothing happens. A Weights & Biases that was asked for and is not installed is said in a note.
+    the others nothing happens. What the package warns of meanwhile, such as skipped files, becomes a note. A Weights &
+    Biases that was asked for and is not installed is said in a note.
     """
 
     def __init__(
@@ -69,6 +71,9 @@ class Records:
         self._stack.callback(self._losses.close)
         self._log = self._stack.enter_context((folder / "log.txt").open("a"))
         self._bar = _TerminalBar(num_steps, first_step, self._stack) if sys.stderr.isatty() else None
+        warnings, package = _Warnings(self.note), logging.getLogger("opensora")
+        package.addHandler(warnings)
+        self._stack.callback(package.removeHandler, warnings)
         if tensorboard:
             self._add_board(TensorBoard(folder, first_step=first_step))
         if wandb_project:
@@ -147,6 +152,17 @@ class Records:
     def _write_log(self, text: str) -> None:
         self._log.write(f"{datetime.now(timezone.utc).isoformat(timespec='seconds')}  {text}\n")
         self._log.flush()  # for who follows it
+
+
+class _Warnings(logging.Handler):
+    """Hands on what is logged."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(self.format(record))
 
 
 class _TerminalBar:

@@ -278,6 +278,24 @@ def test_skipped_files_are_counted_named_and_logged_once(manifest_with_bad_files
     assert sum("skipped" in record.message for record in caplog.records) == 3
 
 
+def test_frames_too_small_for_a_crop_are_skipped(folder):
+    rows = []
+    for index, side in enumerate((8, 16)):
+        write_mp4(folder / f"side{side}.mp4", torch.full((4, 3, side, side), 200, dtype=torch.uint8), fps=24)
+        rows.append((f"side{side}.mp4", f"clip {index}", 4, side, side, 24))
+    config = DataConfig(manifest=write_manifest(folder, rows), image_size=(12, 12), num_frames=4, fit="crop")
+    loader, batches = batches_of(config, 2)
+    assert [batch["video"].shape[3:] for batch in batches] == [(12, 12)] * 2
+    ((path, reason),) = loader.skipped.items()
+    assert path.endswith("side8.mp4")
+    assert reason == "center_crop: frames must have at least 12 x 12 pixels, got 8 x 8"
+
+
+def test_a_training_without_a_list_of_clips_is_refused():
+    with pytest.raises(ValueError, match=r"data\.manifest must name a list of clips .*, got ''"):
+        make_loader(DataConfig())
+
+
 def test_clips_that_no_bucket_takes_are_an_error(manifest):
     config = DataConfig(manifest=manifest, buckets={"144p": {5: (1.0, 2)}})
     with pytest.raises(ValueError, match="check the buckets against the clips' sizes"):

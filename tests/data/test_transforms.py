@@ -72,6 +72,13 @@ def test_windows_stay_inside_and_are_evenly_spread():
     assert temporal_crop_indices(17, 17) == list(range(17))
 
 
+def test_crops_are_not_resized():
+    frames = random_frames(2, 3, 11, 20)
+    assert torch.equal(transform_video(frames, (8, 4), fit="crop"), 2 * (frames[..., 2:10, 8:12] / 255.0) - 1)
+    with pytest.raises(ValueError, match="at least 16 x 8 pixels, got 11 x 20"):
+        transform_video(frames, (16, 8), fit="crop")
+
+
 def test_clips_shorter_than_the_window_are_used_whole():
     assert temporal_crop_indices(4, 7, frame_interval=3) == [0, 2, 4, 6]
     with pytest.raises(ValueError, match="must have at least 4 frames, got 3"):

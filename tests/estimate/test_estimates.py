@@ -130,7 +130,10 @@ def test_the_command_answers_what_a_clip_takes(capsys: pytest.CaptureFixture[str
     out = run(capsys, "1s at 256x256 on 2 x 80 GB")
     assert "24 frames of 256 x 256, on 2 x 80 GB" in out
     assert "Fits: --parallel.ulysses 1 --parallel.ring 1 --run.grad-checkpoint none" in out
-    assert "Does not fit: " in run(capsys, "1s at 256x256 on 2 x 3 GB")
+    out = run(capsys, "1s at 512x512 on 1 x 3.15 GB", "--encoded")
+    assert "Does not fit: 3.37 GB at least" in out
+    assert "4 x 3.15 GB fit it: --parallel.ulysses 2 --parallel.ring 2 --run.grad-checkpoint full" in out
+    assert "fit it" not in run(capsys, "1s at 256x256 on 2 x 3 GB")  # which are reserved
     out = run(capsys, "--task", "sample", "1s at 256x256 on 1 x 80 GB")
     assert "Fits.\n" in out
     assert "Longest that fits" in out

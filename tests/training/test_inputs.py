@@ -13,8 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from opensora import latents
 from opensora.checkpoints import CheckpointError, save_model
-from opensora.config import DataConfig, IDDPMConfig, RectifiedFlowConfig, STDiT3Config, STDiTConfig
+from opensora.config import (
+    DataConfig,
+    IDDPMConfig,
+    RectifiedFlowConfig,
+    RunConfig,
+    STDiT3Config,
+    STDiTConfig,
+    TrainConfig,
+)
+from opensora.data.loader import make_loader
 from opensora.initial_weights import check_resumed, start_from
 from opensora.inputs import Encoders, Inputs, captions_of
 from opensora.models import LatteT2V, STDiT, STDiT3
@@ -71,6 +81,25 @@ def test_images_go_behind_their_clip_and_their_texts_behind_its_text():
     assert inputs.y[:, :, 0, 0].tolist() == [[1, 2, 3, 4], [3, 5, 6, 7]]
     assert inputs.text_mask.shape == (2, 4, 4)
     assert inputs.first_frames().x0.shape == (2, 3, 1, 2, 2)
+
+
+def test_ranks_may_cache_latents_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = DataConfig(manifest=str(write_clips(tmp_path)), image_size=(16, 16), num_frames=5)
+    config = TrainConfig(data=data, run=RunConfig(output=str(tmp_path / "run")))
+    clips, save = make_loader(data).dataset, latents.save_file
+
+    def save_while_another_rank_does(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+        save(tensors, path, **options)
+        monkeypatch.setattr(latents, "save_file", save)
+        latents._encode_all(config, encoders(), clips)
+
+    monkeypatch.setattr(latents, "save_file", save_while_another_rank_does)
+    encoded = latents._encode_all(config, encoders(), clips)
+    monkeypatch.setattr(latents, "save_file", None)  # read from now on
+    again = latents._encode_all(config, encoders(), clips)
+    assert torch.equal(encoded[0], again[0])
+    assert encoded[2] == again[2]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["latents.safetensors"]
 
 
 def test_stored_latents_and_texts_need_no_encoder():
@@ -140,6 +169,14 @@ def test_held_out_losses_depend_on_weights_alone(clips: DataConfig, config: Any)
     one_by_one = type(data)(data.clips, data.requests, {"5_frames": 1})
     other = validation_losses(one_by_one, encoders(), scheduler, model_of, context)
     assert other["5_frames"] == pytest.approx(first["5_frames"], rel=1e-5)
+
+
+def test_held_out_files_that_cannot_be_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    data = held_out(DataConfig(validation=str(write_clips(tmp_path)), image_size=(16, 16), num_frames=5), 1)
+    (tmp_path / "0.mp4").unlink()
+    context = ParallelContext.single_process("cpu")
+    validation_losses(data, encoders(), build(RectifiedFlowConfig()), model_of, context)
+    assert f"skipped {tmp_path / '0.mp4'}, held out: No such file" in caplog.text
 
 
 def test_held_out_losses_of_rectified_flow_are_those_of_its_formula(clips: DataConfig):

@@ -18,6 +18,7 @@ from opensora.config import (
     EncodeConfig,
     IDDPMConfig,
     LatteT2VConfig,
+    ParallelConfig,
     RectifiedFlowConfig,
     TrainConfig,
     TransformerConfig,
@@ -25,6 +26,7 @@ from opensora.config import (
 from opensora.data.buckets import Buckets
 from opensora.encoding import run_encode
 from opensora.loading import MODEL_OF, load_vae
+from opensora.parallel import ParallelContext
 from opensora.presets.scaling import scaled
 from opensora.text.t5 import TextEncoder
 from opensora.tiny_parts import complete
@@ -248,6 +250,22 @@ def test_a_stage_lowers_the_held_out_loss_of_the_one_before(parts: Path, tmp_pat
         assert list(losses) == [0, 12]
         assert losses[12] < losses[0]
         before = {"initial_transformer": str(result.model / "transformer")}
+
+
+class OneOfTwo(ParallelContext):
+    data_world_size = 2
+
+
+def test_ranks_that_share_latte_do_not_have_clips_on_one_and_images_on_another(tmp_path: Path):
+    config = scaled(STAGES[PLAN_1_1[0]], "tiny")
+    data = replace(config.data, use_image_num=0, image_manifest="")
+    buckets = replace(data, buckets={"32": {1: (1.0, 2), 9: (1.0, 1)}})
+    for changes in ({"data": data, "image_ratio": 0.5}, {"data": buckets}):
+        with pytest.raises(ValueError, match=r"sharding must be 'none' for LatteT2V .* data.use_image_num puts"):
+            run_train(replace(config, **changes), context=OneOfTwo())
+        unshared = replace(config, parallel=ParallelConfig(sharding="none"), **changes)
+        with pytest.raises(FileNotFoundError):  # of clips: nothing else is wrong
+            run_train(unshared, context=OneOfTwo())
 
 
 def test_samples_are_videos_beside_the_sheet(parts: Path, tmp_path: Path):

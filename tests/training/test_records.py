@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,16 @@ def test_the_log_says_what_ended_a_run(tmp_path: Path):
     with pytest.raises(FloatingPointError), records(tmp_path):
         raise FloatingPointError("loss must be finite, got nan")
     assert "ended by FloatingPointError: loss must be finite, got nan" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_log_names_what_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    logger = logging.getLogger("opensora.data.loader.skipped")
+    with records(tmp_path):
+        logger.warning("skipped %s: %s", "a.mp4", "truncated")
+    logger.warning("of another run")
+    assert capsys.readouterr().err.splitlines()[0] == "skipped a.mp4: truncated"
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert line.endswith("  skipped a.mp4: truncated")
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from opensora import presets, vae_trainer
 from opensora.checkpoints import load_model, save_model
+from opensora.cli import main
 from opensora.config import AdversaryConfig, CausalVideoVAEConfig, ParallelConfig, RunConfig, VAEConfig, VAELossConfig
+from opensora.data.loader import make_loader
+from opensora.parallel import ParallelContext
 from opensora.presets.scaling import scaled
 from opensora.training.records import read_losses
 from opensora.vae import CausalVideoVAE, VideoVAE
@@ -121,6 +125,36 @@ def test_heldout_clips_are_scored_and_shown(folder: Path, tmp_path: Path):
     assert (tmp_path / "samples" / "heldout-00000002.png").exists()
 
 
+class OneOfMany(ParallelContext):
+    """A rank of sixteen that read different batches, which remembers what is to be added up."""
+
+    data_world_size = 16
+    sums: ClassVar[list[torch.Tensor]] = []
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        self.sums.append(values)
+        return torch.ones_like(values)
+
+
+def test_more_ranks_than_held_out_clips_share_them(folder: Path, tmp_path: Path):
+    config = replace(vae_config(folder, tmp_path), vae=CAUSAL_VAE)
+    vae, clips = vae_trainer._build(config, torch.device("cpu")), make_loader(config.data).dataset
+
+    def validate(context: ParallelContext) -> dict[str, float]:
+        with torch.no_grad():
+            return vae_trainer._VAETask(config, vae, None, None, clips, clips, context).validate(1)
+
+    for rank in range(16):
+        validate(OneOfMany(rank=rank))
+    count, *totals = sum(OneOfMany.sums).tolist()
+    assert count == len(clips) == 6
+    assert [total / count for total in totals] == pytest.approx(list(validate(ParallelContext()).values()), rel=1e-5)
+
+
 def test_sharpness_is_the_share_of_gradient_energy_that_is_left():
     frames = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     same = vae_trainer._scores(frames, frames)
@@ -226,6 +260,21 @@ def test_every_stage_of_a_release_can_be_built_scaled_down(name: str, stage: str
     lengths = vae_trainer._lengths(config, vae)
     assert (vae_trainer._build_discriminator(config, lengths) is None) == (whole.adversary.kind == "none")
     assert max(lengths) == config.data.num_frames
+
+
+def test_train_all_trains_against_the_discriminator_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    stage = "open-sora-plan-v1.1 vae gan2d"
+    assert main(["train-all", "--only", stage, "--steps", "2", "--output", str(tmp_path)]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["stage", "first", "last", "s/step", "before", "after"]
+    assert row.startswith(stage)
+    rows = read_losses(tmp_path / stage.replace(" ", "-"))
+    assert [float(row["adversarial"]) == 0 for row in rows] == [True, False]
+
+
+def test_clips_are_cut_as_upstream_cuts_them():
+    cuts = {(name, presets.get(name).vae_training[stage].data.fit) for name, stage in STAGES}
+    assert cuts == {("open-sora-v1.2", "center"), ("open-sora-plan-v1.0", "crop"), ("open-sora-plan-v1.1", "crop")}
 
 
 def _structure(config: VAEConfig) -> object:
