@@ -101,6 +101,13 @@ def test_tiles_are_refused_where_the_vae_has_none(folder: Path, tmp_path: Path, 
     assert "strategy: tiled is not there" in capsys.readouterr().err
 
 
+def test_scores_are_taken_frame_by_frame(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    seen = []
+    monkeypatch.setattr("opensora.metrics.ssim", lambda *sides: seen.append(sides[0].shape) or torch.ones(1))
+    assert reconstruct(folder, "open_sora", tmp_path / "out.mp4", "--strategy", "whole") == 0
+    assert seen == [(1, 3, 40, 36)] * 12
+
+
 def test_other_folders_are_refused(tmp_path: Path, folder: Path, capsys):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet"}')
     assert main(["reconstruct", str(folder / "clip.mp4"), str(tmp_path / "out.mp4"), "--vae", str(tmp_path)]) == 2
