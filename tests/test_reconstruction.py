@@ -48,9 +48,9 @@ def reconstruct(folder: Path, kind: str, output: Path, *options: str) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_video_goes_through_each_vae_the_same_whichever_way(kind: str, folder: Path, tmp_path: Path, capsys):
-    ways = {"whole": ["--strategy", "whole"], "streaming": ["--strategy", "streaming"], "budget": ["--memory", "1GiB"]}
-    if kind != "open_sora":
-        ways["tiled"] = ["--strategy", "tiled"]  # one tile: no seam, the same frames
+    # tiled: one tile, no seam, the same frames
+    ways = {name: ["--strategy", name] for name in ("whole", "streaming", "tiled")}
+    ways["budget"] = ["--memory", "1GiB"]
     for name, options in ways.items():
         assert reconstruct(folder, kind, tmp_path / f"{name}.mp4", *options) == 0
     printed = capsys.readouterr().out
@@ -96,9 +96,41 @@ def test_what_cannot_be_done_is_refused_and_leaves_no_file(options, message, fol
     assert not list(tmp_path.iterdir())
 
 
-def test_tiles_are_refused_where_the_vae_has_none(folder: Path, tmp_path: Path, capsys):
-    assert reconstruct(folder, "open_sora", tmp_path / "out.mp4", "--strategy", "tiled") == 2
-    assert "strategy: tiled is not there" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["open_sora", "cosmos", "kvae", "kandinsky_6"])
+def test_a_vae_that_has_no_tiles_gets_ours(name: str, folder: Path, tmp_path: Path, capsys, monkeypatch):
+    """Cosmos and KVAE have diffusers' switch, but do not look at it."""
+    from bench.families import FAMILIES
+
+    if name in FAMILIES:
+        arguments = FAMILIES[name].arguments | ({"ch_mult": (1, 1, 1, 1)} if name == "kvae" else {})
+        replace(FAMILIES[name], arguments=arguments).build().save_pretrained(folder / name)
+    monkeypatch.setattr("opensora.reconstruction.TILE", 32)
+    found = {}
+    for way in ("whole", "tiled"):
+        size = ("--image-size", "64", "64", "--num-frames", "9")
+        assert reconstruct(folder, name, tmp_path / f"{way}.mp4", "--strategy", way, *size) == 0
+        found[way] = capsys.readouterr().out
+    assert "encode: tiled: 32 x 32 of the clip, all frames (not exact)" in found["tiled"]
+    whole, tiled = (read_frames(tmp_path / f"{way}.mp4") for way in found)
+    assert whole.shape == tiled.shape
+    assert not torch.equal(whole, tiled)  # other frames than one tile as large as the clip
+
+
+def test_a_vae_whose_tiling_is_on_when_it_is_loaded_runs_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from diffusers import AutoencoderKLMiniMaxH3
+
+    from bench.families import FAMILIES
+
+    FAMILIES["minimax_h3"].build().save_pretrained(tmp_path / "vae")
+    place = {"dtype": torch.float32, "device": torch.device("cpu")}
+    monkeypatch.setattr("opensora.reconstruction.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="loads AutoencoderKLMiniMaxH3 with the package accelerate alone"):
+        load_any_vae(tmp_path / "vae", **place)
+    monkeypatch.setattr(AutoencoderKLMiniMaxH3, "_keep_in_fp32_modules", None)
+    vae = load_any_vae(tmp_path / "vae", **place)
+    assert not vae.module.use_tiling
+    vae.tile()
+    assert vae.module.use_tiling
 
 
 def test_scores_are_taken_frame_by_frame(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -161,6 +193,7 @@ def test_allegro_takes_clips_of_whole_tiles(tmp_path: Path, capsys):
     refused = {
         ("--num-frames", "8"): "from 1 to 30 of 16 n + 24 for this video and VAE, got 8",
         ("--image-size", "64", "64"): "must be of 8 n + 128 and 48 n + 128 pixels, which is whole tiles of this VAE",
+        ("--memory", "1GiB"): "memory: must not be given for this VAE, which runs its clips in tiles of its own",
         ("--strategy", "streaming"): "streaming is not there in this VAE, which runs its clips in tiles of its own",
     }
     for options, message in refused.items():

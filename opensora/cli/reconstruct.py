@@ -80,7 +80,7 @@ def _parser() -> Parser:
     add("output", type=str, help="the mp4 to write")
     vae = presets.get(presets.names()[0]).vae
     add("--vae", type=str, default=vae, help="folder or hub id: Open-Sora's, Open-Sora-Plan's, or one of diffusers'")
-    add("--strategy", type=OrNone(str), help="whole, tiled (the VAE's own tiles) or streaming; default: whole")
+    add("--strategy", type=OrNone(str), help="whole, tiled (the VAE's own or 256 pixels) or streaming; default: whole")
     add("--memory", type=OrNone(str), help='a budget such as "10GiB" beyond clip and weights, which chooses a strategy')
     add("--num-frames", type=OrNone(int), help="from the start; default: as many as the VAE takes")
     add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels; default: the video's, in whole latents")
