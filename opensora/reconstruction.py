@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from opensora.checkpoints import load_model, resolve
 from opensora.config import CausalVideoVAEConfig, VideoVAEConfig
 from opensora.config_files import ConfigError
-from opensora.vae import CausalVideoVAE, VAETiling, VideoVAE
+from opensora.vae import CausalVideoVAE, FrameVAE, VAETiling, VideoVAE
 from opensora.video import to_uint8
 from opensora_kernels import apply_opensora_kernels
 from opensora_kernels.vae import (
@@ -95,8 +95,9 @@ def _in_tiles(size: int, tile: int, stride: int) -> int:
 
 
 def load_any_vae(source: str | Path, *, dtype: torch.dtype, device: torch.device) -> AnyVAE:
-    """The VAE in a folder, or with a hub id: Open-Sora 1.2's, Open-Sora-Plan's, or any causal video VAE of diffusers,
-    which gets this project's operators. Errors: ConfigError for a config.json of another kind; see `load_model`."""
+    """The VAE in a folder, or with a hub id: Open-Sora 1.2's, the image VAE of 1.0 and 1.1, Open-Sora-Plan's, or any
+    causal video VAE of diffusers, which gets this project's operators. Errors: ConfigError for a config.json of another
+    kind; see `load_model`."""
     location = resolve(source)
     file = location / "config.json"
     if not file.is_file():
@@ -107,11 +108,13 @@ def load_any_vae(source: str | Path, *, dtype: torch.dtype, device: torch.device
         return _open_sora(load_model(location, VideoVAE, VideoVAEConfig, dtype=dtype, device=device))
     if kind in ("CausalVideoVAEConfig", "CausalVAEModel"):
         return _open_sora_plan(load_model(location, CausalVideoVAE, CausalVideoVAEConfig, dtype=dtype, device=device))
+    if kind == "AutoencoderKL":
+        return _of_frames(FrameVAE.from_pretrained(location, dtype=dtype, device=device))
     if kind.startswith("Autoencoder") or "VAE" in kind:
         return _of_diffusers(kind, location, dtype, device)
     raise ConfigError(
-        f"vae: config.json of {source} must be of VideoVAEConfig, CausalVideoVAEConfig, CausalVAEModel or a video VAE "
-        f"of diffusers, got {kind or 'none of them'}"
+        f"vae: config.json of {source} must be of VideoVAEConfig, CausalVideoVAEConfig, CausalVAEModel or a VAE of "
+        f"diffusers, got {kind or 'none of them'}"
     )
 
 
@@ -171,6 +174,11 @@ def _open_sora(vae: VideoVAE) -> AnyVAE:
     return AnyVAE(vae, encode_mean, partial(_decoder, vae), vae.space_factor, vae.time_factor, False, None)
 
 
+def _of_frames(vae: FrameVAE) -> AnyVAE:
+    encode_mean = partial(vae.encode, sample_posterior=False)
+    return AnyVAE(vae, encode_mean, partial(_decoder, vae), vae.space_factor, vae.time_factor, False, None)
+
+
 def _open_sora_plan(vae: CausalVideoVAE) -> AnyVAE:
     encode_mean = partial(vae.encode, sample_posterior=False)
 
@@ -180,7 +188,7 @@ def _open_sora_plan(vae: CausalVideoVAE) -> AnyVAE:
     return AnyVAE(vae, encode_mean, partial(_decoder, vae), vae.space_factor, vae.time_factor, True, tile)
 
 
-def _decoder(vae: VideoVAE | CausalVideoVAE, num_frames: int) -> Callable[[Tensor], Tensor]:
+def _decoder(vae: FrameVAE | VideoVAE | CausalVideoVAE, num_frames: int) -> Callable[[Tensor], Tensor]:
     return partial(vae.decode, num_frames=num_frames)
 
 

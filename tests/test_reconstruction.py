@@ -30,13 +30,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("reconstruction")
-    from diffusers import AutoencoderKLWan
+    from diffusers import AutoencoderKL, AutoencoderKLWan
 
     save_model(folder / "open_sora", VideoVAE(VAE), VAE)
     config = replace(open_sora_plan_v1_1.vae(), hidden_size=32)
     save_model(folder / "open_sora_plan", CausalVideoVAE(config), config)
     wan = AutoencoderKLWan(base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     wan.save_pretrained(folder / "diffusers")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    image = AutoencoderKL(block_out_channels=(8, 8, 16), norm_num_groups=4, **blocks)
+    image.save_pretrained(folder / "image")
     frames = torch.randint(0, 256, (12, 3, 40, 36), dtype=torch.uint8)
     write_mp4(folder / "clip.mp4", frames, fps=8)
     return folder
@@ -96,7 +99,7 @@ def test_what_cannot_be_done_is_refused_and_leaves_no_file(options, message, fol
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["open_sora", "cosmos", "kvae", "kandinsky_6"])
+@pytest.mark.parametrize("name", ["open_sora", "image", "cosmos", "kvae", "kandinsky_6"])
 def test_a_vae_that_has_no_tiles_gets_ours(name: str, folder: Path, tmp_path: Path, capsys, monkeypatch):
     """Cosmos and KVAE have diffusers' switch, but do not look at it."""
     from bench.families import FAMILIES
@@ -114,6 +117,14 @@ def test_a_vae_that_has_no_tiles_gets_ours(name: str, folder: Path, tmp_path: Pa
     whole, tiled = (read_frames(tmp_path / f"{way}.mp4") for way in found)
     assert whole.shape == tiled.shape
     assert not torch.equal(whole, tiled)  # other frames than one tile as large as the clip
+
+
+def test_an_image_vae_codes_a_video_frame_by_frame(folder: Path, tmp_path: Path, capsys):
+    for way in ("whole", "streaming"):
+        assert reconstruct(folder, "image", tmp_path / f"{way}.mp4", "--strategy", way) == 0
+    whole, streamed = (read_frames(tmp_path / f"{way}.mp4") for way in ("whole", "streaming"))
+    assert whole.shape == (12, 3, 40, 36)
+    assert psnr(whole, streamed).min() > 40
 
 
 def test_a_vae_whose_tiling_is_on_when_it_is_loaded_runs_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
