@@ -30,13 +30,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("reconstruction")
-    from diffusers import AutoencoderKLWan
+    from diffusers import AutoencoderKL, AutoencoderKLWan
 
     save_model(folder / "open_sora", VideoVAE(VAE), VAE)
     config = replace(open_sora_plan_v1_1.vae(), hidden_size=32)
     save_model(folder / "open_sora_plan", CausalVideoVAE(config), config)
     wan = AutoencoderKLWan(base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     wan.save_pretrained(folder / "diffusers")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    image = AutoencoderKL(block_out_channels=(8, 8, 16), norm_num_groups=4, **blocks)
+    image.save_pretrained(folder / "image")
     frames = torch.randint(0, 256, (12, 3, 40, 36), dtype=torch.uint8)
     write_mp4(folder / "clip.mp4", frames, fps=8)
     return folder
@@ -48,9 +51,9 @@ def reconstruct(folder: Path, kind: str, output: Path, *options: str) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_video_goes_through_each_vae_the_same_whichever_way(kind: str, folder: Path, tmp_path: Path, capsys):
-    ways = {"whole": ["--strategy", "whole"], "streaming": ["--strategy", "streaming"], "budget": ["--memory", "1GiB"]}
-    if kind != "open_sora":
-        ways["tiled"] = ["--strategy", "tiled"]  # one tile: no seam, the same frames
+    # tiled: one tile, no seam, the same frames
+    ways = {name: ["--strategy", name] for name in ("whole", "streaming", "tiled")}
+    ways["budget"] = ["--memory", "1GiB"]
     for name, options in ways.items():
         assert reconstruct(folder, kind, tmp_path / f"{name}.mp4", *options) == 0
     printed = capsys.readouterr().out
@@ -96,9 +99,56 @@ def test_what_cannot_be_done_is_refused_and_leaves_no_file(options, message, fol
     assert not list(tmp_path.iterdir())
 
 
-def test_tiles_are_refused_where_the_vae_has_none(folder: Path, tmp_path: Path, capsys):
-    assert reconstruct(folder, "open_sora", tmp_path / "out.mp4", "--strategy", "tiled") == 2
-    assert "strategy: tiled is not there" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["open_sora", "image", "cosmos", "kvae", "kandinsky_6"])
+def test_a_vae_that_has_no_tiles_gets_ours(name: str, folder: Path, tmp_path: Path, capsys, monkeypatch):
+    """Cosmos and KVAE have diffusers' switch, but do not look at it."""
+    from bench.families import FAMILIES
+
+    if name in FAMILIES:
+        arguments = FAMILIES[name].arguments | ({"ch_mult": (1, 1, 1, 1)} if name == "kvae" else {})
+        replace(FAMILIES[name], arguments=arguments).build().save_pretrained(folder / name)
+    monkeypatch.setattr("opensora.reconstruction.TILE", 32)
+    found = {}
+    for way in ("whole", "tiled"):
+        size = ("--image-size", "64", "64", "--num-frames", "9")
+        assert reconstruct(folder, name, tmp_path / f"{way}.mp4", "--strategy", way, *size) == 0
+        found[way] = capsys.readouterr().out
+    assert "encode: tiled: 32 x 32 of the clip, all frames (not exact)" in found["tiled"]
+    whole, tiled = (read_frames(tmp_path / f"{way}.mp4") for way in found)
+    assert whole.shape == tiled.shape
+    assert not torch.equal(whole, tiled)  # other frames than one tile as large as the clip
+
+
+def test_an_image_vae_codes_a_video_frame_by_frame(folder: Path, tmp_path: Path, capsys):
+    for way in ("whole", "streaming"):
+        assert reconstruct(folder, "image", tmp_path / f"{way}.mp4", "--strategy", way) == 0
+    whole, streamed = (read_frames(tmp_path / f"{way}.mp4") for way in ("whole", "streaming"))
+    assert whole.shape == (12, 3, 40, 36)
+    assert psnr(whole, streamed).min() > 40
+
+
+def test_a_vae_whose_tiling_is_on_when_it_is_loaded_runs_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from diffusers import AutoencoderKLMiniMaxH3
+
+    from bench.families import FAMILIES
+
+    FAMILIES["minimax_h3"].build().save_pretrained(tmp_path / "vae")
+    place = {"dtype": torch.float32, "device": torch.device("cpu")}
+    monkeypatch.setattr("opensora.reconstruction.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="loads AutoencoderKLMiniMaxH3 with the package accelerate alone"):
+        load_any_vae(tmp_path / "vae", **place)
+    monkeypatch.setattr(AutoencoderKLMiniMaxH3, "_keep_in_fp32_modules", None)
+    vae = load_any_vae(tmp_path / "vae", **place)
+    assert not vae.module.use_tiling
+    vae.tile()
+    assert vae.module.use_tiling
+
+
+def test_scores_are_taken_frame_by_frame(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    seen = []
+    monkeypatch.setattr("opensora.metrics.ssim", lambda *sides: seen.append(sides[0].shape) or torch.ones(1))
+    assert reconstruct(folder, "open_sora", tmp_path / "out.mp4", "--strategy", "whole") == 0
+    assert seen == [(1, 3, 40, 36)] * 12
 
 
 def test_other_folders_are_refused(tmp_path: Path, folder: Path, capsys):
@@ -154,6 +204,7 @@ def test_allegro_takes_clips_of_whole_tiles(tmp_path: Path, capsys):
     refused = {
         ("--num-frames", "8"): "from 1 to 30 of 16 n + 24 for this video and VAE, got 8",
         ("--image-size", "64", "64"): "must be of 8 n + 128 and 48 n + 128 pixels, which is whole tiles of this VAE",
+        ("--memory", "1GiB"): "memory: must not be given for this VAE, which runs its clips in tiles of its own",
         ("--strategy", "streaming"): "streaming is not there in this VAE, which runs its clips in tiles of its own",
     }
     for options, message in refused.items():
