@@ -19,6 +19,8 @@ WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 SAME, SAME_DB = 1e-10, 100.0  # a mean squared error below the first counts as the second
 
+SCORES = ("psnr", "ssim", "sharpness")
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Two batches of frames (N, 3, H, W) in [-1, 1] to N distances."""
 
@@ -60,6 +62,17 @@ def gradient_energy(frames: Tensor) -> Tensor:
     """
     frames = _in_unit_range("gradient_energy", frames)
     return frames.diff(dim=-1).square().mean((-3, -2, -1)) + frames.diff(dim=-2).square().mean((-3, -2, -1))
+
+
+def scores_of_clip(frames: Tensor, other: Tensor) -> Tensor:
+    """The three SCORES of a reconstruction, averaged over its frames.
+
+    PSNR in dB; SSIM, NaN for frames smaller than its window; gradient energy of `other` in units of that of `frames`.
+    Shapes: (T, C, H, W) as in `psnr` -> (3,). Errors: as `psnr`.
+    """
+    likeness = ssim(frames, other).mean() if min(frames.shape[-2:]) >= WINDOW else torch.tensor(torch.nan).double()
+    sharpness = gradient_energy(other).mean() / gradient_energy(frames).mean().clamp_min(1e-12)
+    return torch.stack([psnr(frames, other).mean(), likeness, sharpness])
 
 
 def lpips_alex() -> Distance | str:

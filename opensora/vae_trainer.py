@@ -15,7 +15,7 @@ from opensora.config import CausalVideoVAEConfig, TrainVAEConfig, VideoVAEConfig
 from opensora.data.datasets import ClipDataset
 from opensora.data.loader import make_loader, skipped_logger
 from opensora.data.prefetch import Prefetcher
-from opensora.metrics import WINDOW, gradient_energy, psnr, ssim
+from opensora.metrics import SCORES, scores_of_clip
 from opensora.parallel import DTYPES, ParallelContext
 from opensora.perceptual import LPIPS
 from opensora.training import Adversary, Job, LoaderBatches, TrainingResult, check_options, prepare_process, run_job
@@ -32,7 +32,7 @@ from opensora.vae import (
 from opensora.vae.adversarial import at_reconstruction
 from opensora.vae.discriminators import AXES
 from opensora.vae.initialization import initialize_for_training, set_mix_factors
-from opensora.video import to_uint8, write_contact_sheet
+from opensora.video import to_uint8, write_contact_sheet, write_mp4
 from opensora.weight_files import loose_weights, weight_files
 
 NUM_SAMPLE_CLIPS = 4
@@ -296,15 +296,20 @@ class _VAETask:
         save_model(folder / "vae", state, config)
 
     def sample(self, folder: Path, step: int) -> dict[str, float]:
-        """A sheet of clips above their reconstructions, and how alike and how sharp both sets come out."""
+        """A sheet of clips above their reconstructions, a video of each pair side by side, and scores of both sets."""
         values = {}
         for name, clips in (("train", self.clips), ("heldout", self.heldout)):
             if clips is None:
                 continue
-            pairs = [self._pair(clips, index) for index in _spread(len(clips), NUM_SAMPLE_CLIPS)]
+            indices = _spread(len(clips), NUM_SAMPLE_CLIPS)
+            pairs = [self._pair(clips, index) for index in indices]
             if self.context.is_main:
                 write_contact_sheet(folder / f"{name}-{step:08d}.png", [side for pair in pairs for side in pair])
-            scores = torch.stack([_scores(*pair) for pair in pairs]).mean(0)
+                for index, pair in zip(indices, pairs, strict=True):
+                    fps = clips.manifest.clips[index].fps / clips.frame_interval
+                    if len(pair[0]) > 1 and fps > 0:
+                        write_mp4(folder / f"{name}-{step:08d}-{index}.mp4", torch.cat(pair, dim=-1), fps=fps)
+            scores = torch.stack([scores_of_clip(*pair) for pair in pairs]).mean(0)
             values |= {f"{score}_{name}": float(value) for score, value in zip(SCORES, scores, strict=True)}
         return values
 
@@ -315,7 +320,7 @@ class _VAETask:
         for start in range(0, len(indices), context.data_world_size):
             number = start + context.data_rank
             # In the last round some ranks have no clip of their own, but all go through a sharded model together.
-            scores = _scores(*self._pair(self.heldout, indices[number % len(indices)])).float()
+            scores = scores_of_clip(*self._pair(self.heldout, indices[number % len(indices)])).float()
             if number < len(indices):
                 sums += torch.cat([torch.ones(1), scores.cpu()])
         count, *totals = context.mean(sums.to(context.device)).tolist()
@@ -368,17 +373,6 @@ def _decoder(vae: VideoVAE | CausalVideoVAE, config: TrainVAEConfig) -> nn.Modul
     if isinstance(config.vae, CausalVideoVAEConfig):
         return vae.decoder
     return vae.spatial_vae.module.decoder if config.spatial_only else vae.temporal_vae.decoder
-
-
-SCORES = ("psnr", "ssim", "sharpness")
-
-
-def _scores(frames: Tensor, other: Tensor) -> Tensor:
-    """PSNR, SSIM (NaN for frames smaller than its window), and gradient energy of `other` in terms of the clip's own;
-    of clips (T, C, H, W)."""
-    likeness = ssim(frames, other).mean() if min(frames.shape[-2:]) >= WINDOW else torch.tensor(torch.nan).double()
-    sharpness = gradient_energy(other).mean() / gradient_energy(frames).mean().clamp_min(1e-12)
-    return torch.stack([psnr(frames, other).mean(), likeness, sharpness])
 
 
 def _mixed(x_BCTHW: Tensor, config: TrainVAEConfig, vae: VideoVAE | CausalVideoVAE) -> Tensor:

@@ -16,6 +16,7 @@ from opensora.checkpoints import load_model, save_model
 from opensora.cli import main
 from opensora.config import AdversaryConfig, CausalVideoVAEConfig, ParallelConfig, RunConfig, VAEConfig, VAELossConfig
 from opensora.data.loader import make_loader
+from opensora.metrics import scores_of_clip
 from opensora.parallel import ParallelContext
 from opensora.presets.scaling import scaled
 from opensora.training.records import read_losses
@@ -123,6 +124,7 @@ def test_heldout_clips_are_scored_and_shown(folder: Path, tmp_path: Path):
     run = run_of(folder, tmp_path, steps=2, sample_every=2, validate_every=1)
     train_small("vae", folder, tmp_path, vae=CAUSAL_VAE, data=data, run=run)
     assert (tmp_path / "samples" / "heldout-00000002.png").exists()
+    assert list((tmp_path / "samples").glob("train-00000002-*.mp4"))
 
 
 class OneOfMany(ParallelContext):
@@ -157,9 +159,9 @@ def test_more_ranks_than_held_out_clips_share_them(folder: Path, tmp_path: Path)
 
 def test_sharpness_is_the_share_of_gradient_energy_that_is_left():
     frames = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    same = vae_trainer._scores(frames, frames)
+    same = scores_of_clip(frames, frames)
     torch.testing.assert_close(same, torch.tensor([100.0, 1.0, 1.0], dtype=torch.float64))
-    halved = vae_trainer._scores(frames, (frames.float() / 2 + 64).round().to(torch.uint8))
+    halved = scores_of_clip(frames, (frames.float() / 2 + 64).round().to(torch.uint8))
     assert halved[2].item() == pytest.approx(0.25, abs=0.01)
 
 
