@@ -11,12 +11,17 @@ from torch import Tensor
 from opensora.config import IDDPMConfig
 from opensora.schedulers.gaussian_diffusion import GaussianDiffusion, retained_timesteps
 from opensora.schedulers.iddpm import IDDPM
-from opensora.schedulers.speed import SpeedWeighting
+from opensora.schedulers.speed import SHARPNESS, SpeedWeighting
 from tests.oracles.flow import ToyModel
 from tests.oracles.registry import Case, Check, adapter
 
 # Of the output's largest value, as the tree's README says for trajectories; we hold tables and losses to it too.
 RELATIVE_LIMIT = 1e-5
+
+# PyTorch's fp32 roots and logarithms differ by a unit in the last place from one kind of CPU to another; of the
+# recorded roots 183 in 1000 are not the correctly rounded ones.
+ULP = 2.0**-23
+EXACT_TABLES = ("timesteps", "betas", "alphas_cumprod", "alphas_cumprod_prev")
 
 
 def near(name: str, actual: Tensor, expected: Tensor) -> Check:
@@ -33,14 +38,20 @@ def tables(case: Case) -> Iterator[Check]:
         for name, expected in case.outputs.items():
             if name.startswith(f"{run}."):
                 table = name.removeprefix(f"{run}.").replace("timestep_map", "timesteps")
-                yield Check(name, getattr(chain, table), expected, exact=True)
+                if table in EXACT_TABLES:
+                    yield Check(name, getattr(chain, table), expected, exact=True)
+                else:
+                    error = (getattr(chain, table) - expected) / expected.abs().clamp_min(1e-30)
+                    yield Check(name, error, torch.zeros_like(error), max_abs=2 * ULP)
 
 
 @adapter("iddpm_speed_tables")
 def speed_tables(case: Case) -> Iterator[Check]:
     speed = SpeedWeighting(GaussianDiffusion(retained_timesteps(1000, "")))
     yield Check("meaningful_steps", [speed.meaningful_steps], case.outputs["meaningful_steps"].tolist(), exact=True)
-    yield near("p", speed.probabilities, case.outputs["p"])
+    # A unit in the last place of a root below 1, times SHARPNESS, in the argument of tanh; their sum is about N.
+    rounding = SHARPNESS * ULP / 2 / len(speed.probabilities)
+    yield Check("p", speed.probabilities, case.outputs["p"], max_abs=rounding)
     yield near("snr", speed.snr, case.outputs["snr"])
     yield near("weights", speed.weights, case.outputs["weights"])
 

@@ -47,7 +47,8 @@ def pipeline(case: Case) -> Iterator[Check]:
         (clip,) = sampler.run(plan)
         assert torch.equal(noise, torch.randn(noise.shape, generator=torch.Generator().manual_seed(clip.seed)))
         expected = case.outputs[f"{name}.latents"]
-        yield Check(f"{name}.latents", recorder.latents, expected, max_abs=1e-4 * float(expected.abs().max()))
+        # 3e-5 on one kind of CPU and 1.02e-4 on another, by DDIM, whose last steps magnify how they round.
+        yield Check(f"{name}.latents", recorder.latents, expected, max_abs=2e-4 * float(expected.abs().max()))
         if f"{name}.video_uint8" in case.outputs:
             frames = clip.frames.permute(0, 2, 3, 1)[None].float()
             yield Check(f"{name}.video_uint8", frames, case.outputs[f"{name}.video_uint8"].float(), max_abs=1.0)
