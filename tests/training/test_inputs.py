@@ -83,23 +83,18 @@ def test_images_go_behind_their_clip_and_their_texts_behind_its_text():
     assert inputs.first_frames().x0.shape == (2, 3, 1, 2, 2)
 
 
-def test_ranks_may_cache_latents_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_main_rank_alone_keeps_cached_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = DataConfig(manifest=str(write_clips(tmp_path)), image_size=(16, 16), num_frames=5)
     config = TrainConfig(data=data, run=RunConfig(output=str(tmp_path / "run")))
-    clips, save = make_loader(data).dataset, latents.save_file
-
-    def save_while_another_rank_does(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
-        save(tensors, path, **options)
-        monkeypatch.setattr(latents, "save_file", save)
-        latents._encode_all(config, encoders(), clips)
-
-    monkeypatch.setattr(latents, "save_file", save_while_another_rank_does)
-    encoded = latents._encode_all(config, encoders(), clips)
+    clips = make_loader(data).dataset
+    encoded = latents._encode_all(config, encoders(), clips, ParallelContext(rank=1, world_size=2))
+    assert not (tmp_path / "run").exists()
+    latents._encode_all(config, encoders(), clips, ParallelContext())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["latents.safetensors"]
     monkeypatch.setattr(latents, "save_file", None)  # read from now on
-    again = latents._encode_all(config, encoders(), clips)
+    again = latents._encode_all(config, encoders(), clips, ParallelContext(rank=1, world_size=2))
     assert torch.equal(encoded[0], again[0])
     assert encoded[2] == again[2]
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["latents.safetensors"]
 
 
 def test_stored_latents_and_texts_need_no_encoder():
