@@ -9,7 +9,6 @@ Axes: B batch, C channels, T latent frames, H, W latent height and width.
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from opensora.data.buckets import Buckets
 from opensora.data.datasets import ClipDataset
 from opensora.data.loader import clips_of, collate, read_clips, skipped_logger
 from opensora.data.samplers import ClipRequest
+from opensora.data.shards import replacing
 from opensora.inputs import Encoders, Inputs
 from opensora.parallel import ParallelContext
 from opensora.schedulers import TrainingScheduler
@@ -153,9 +153,7 @@ def write_losses(path: Path, step: int, losses: Mapping[str, list[float]]) -> No
     for name, values in losses.items():
         rows += [(step, name, f"{1000 * share:.1f}", f"{loss:.6g}") for share, loss in zip(SHARES, values, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    with temporary.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)
-    os.replace(temporary, path)

@@ -92,10 +92,11 @@ def _print_found(found: Any) -> None:
 
 def _write(path: Path, table: BucketTable) -> None:
     """JSON is YAML, and needs no library."""
+    from opensora.data.shards import replacing  # imports torch: not for --help
+
     content = {
         "data": {"buckets": {name: {str(key): entry for key, entry in row.items()} for name, row in table.items()}}
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
