@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/tests/*)
 
-.PHONY: sample test lint format ahead-of-time gpu doctor oracles clean
+.PHONY: sample test lint format ahead-of-time sass gpu doctor oracles clean
 
 sample: $(VENV)/.installed  ## a video from the embedded model: an mp4 and a contact sheet
 	$(RUN) -m opensora sample --prompt "a red circle moving left" --seed 7 --output outputs/sample.mp4
@@ -15,13 +16,16 @@ test: $(VENV)/.installed  ## everything that needs no GPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(VENV)/bin/clang-format --dry-run --Werror csrc/*
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(VENV)/.installed
-	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format . && $(VENV)/bin/clang-format -i csrc/*
+	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format . && $(VENV)/bin/clang-format -i $(SOURCES)
 
 ahead-of-time: $(VENV)/.installed  ## every Triton kernel for four GPUs, without one: registers, spills, shared memory
 	$(RUN) -m tests.ahead_of_time --jobs 2 --output bench/results/ahead-of-time.md
+
+sass: $(VENV)/.installed  ## every CUDA kernel's machine code, without a GPU: registers, spills, Hopper's instructions
+	$(RUN) -m tests.sass --output bench/results/cuda-extension.md
 
 # On a machine with one NVIDIA GPU and its own python3, PyTorch and Triton: no network, nothing is installed.
 gpu:  ## tests, benches and tuning on a GPU, in nine minutes, into OUT=folder; wheels it lacks from WHEELS=folder

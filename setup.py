@@ -1,12 +1,15 @@
 """Builds csrc/ with CMake and Ninja where that is possible, and says what it decided.
 
 OPENSORA_BUILD_CUDA=auto (default): build the CUDA library if nvcc is found and torch is a CUDA build; on: build it or
-fail; off: leave it out. Without a C++ compiler or without torch's headers the package installs in pure Python.
+fail; off: leave it out. Without Linux, a C++ compiler or torch's headers the package installs in pure Python. Without
+CMake, which pip brings unless told not to, csrc/without_cmake.py compiles the same.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -42,6 +45,20 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{cuda_home}/bin" if cuda_home else None) or shutil.which("nvcc")
 
 
+def why_not_nvcc(nvcc: str | None) -> str | None:
+    """None where nvcc can compile csrc/*.cu, else a sentence."""
+    if nvcc is None:
+        return "nvcc is neither in CUDA_HOME/bin nor in PATH"
+    version = version_of(nvcc, r"release (\d+)\.(\d+)")
+    return None if version >= (12, 5) else f"{nvcc} is of CUDA {'.'.join(map(str, version))}; 12.5 or newer is needed"
+
+
+def version_of(program: str, pattern: str) -> tuple[int, ...]:
+    shown = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(pattern, shown)
+    return tuple(int(part) for part in found.groups()) if found else (0, 0)
+
+
 def decide(torch_folder: Path | None) -> tuple[bool, bool, str]:
     """Whether to build the CPU library, whether to build the CUDA library, and why, in one sentence."""
     wanted = os.environ.get("OPENSORA_BUILD_CUDA", "auto")
@@ -49,6 +66,8 @@ def decide(torch_folder: Path | None) -> tuple[bool, bool, str]:
         raise SystemExit(f"OPENSORA_BUILD_CUDA must be auto, on or off, got {wanted!r}")
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     missing = []
+    if sys.platform != "linux":
+        missing.append("the libraries are built on Linux alone")
     if torch_folder is None or not (torch_folder / "include/torch/csrc/stable/library.h").exists():
         missing.append("torch >= 2.10 with its headers is not installed")
     if compiler is None:
@@ -59,17 +78,26 @@ def decide(torch_folder: Path | None) -> tuple[bool, bool, str]:
         return False, False, f"pure Python, because {' and '.join(missing)}"
     if wanted == "off":
         return True, False, "CPU library only, because OPENSORA_BUILD_CUDA=off"
-    if find_nvcc() is None:
+    if (reason := why_not_nvcc(find_nvcc())) is not None:
         if wanted == "on":
-            raise SystemExit("OPENSORA_BUILD_CUDA=on, but nvcc is neither in CUDA_HOME/bin nor in PATH")
-        return True, False, "CPU library only, because nvcc was not found"
+            raise SystemExit(f"OPENSORA_BUILD_CUDA=on, but {reason}")
+        return True, False, f"CPU library only, because {reason}"
     if wanted == "auto" and not torch_is_cuda_build(torch_folder):
         return True, False, "CPU library only, because torch is a CPU build (OPENSORA_BUILD_CUDA=on compiles anyway)"
     return True, True, "CPU and CUDA libraries"
 
 
-class BuildWithCMake(build_ext):
-    """One CMake build makes every library; setuptools only copies them into place."""
+def why_not_cmake() -> str | None:
+    """None where CMake can build, else a sentence."""
+    cmake = shutil.which("cmake")
+    if cmake is None or shutil.which("ninja") is None:
+        return "cmake and ninja are not both in PATH"
+    version = version_of(cmake, r"version (\d+)\.(\d+)")
+    return None if version >= (3, 26) else f"{cmake} is of version {'.'.join(map(str, version))}; 3.26 is needed"
+
+
+class BuildLibraries(build_ext):
+    """One build makes every library; setuptools only copies them into place."""
 
     def get_ext_filename(self, name: str) -> str:
         # the libraries use no Python symbol, so no interpreter tag
@@ -78,27 +106,37 @@ class BuildWithCMake(build_ext):
     def run(self) -> None:
         if not self.extensions:
             return
-        build = Path(self.build_temp).resolve()
-        nvcc = find_nvcc()
-        configure = [
-            *("cmake", "-S", ROOT, "-B", build, "-G", "Ninja"),
-            f"-DOPENSORA_TORCH={find_torch()}",
-            f"-DOPENSORA_CUDA={'ON' if BUILD_CUDA else 'OFF'}",
-            *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if BUILD_CUDA else []),
-        ]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        folder, torch, nvcc = Path(self.build_temp).resolve(), find_torch(), find_nvcc() if BUILD_CUDA else None
+        if (reason := why_not_cmake()) is None:
+            build_with_cmake(folder, torch, nvcc)
+        else:
+            print(f"opensora_kernels: compiling without CMake, because {reason}", flush=True)
+            runpy.run_path(str(ROOT / "csrc/without_cmake.py"))["build"](folder / "without_cmake", torch, nvcc)
+            folder /= "without_cmake"
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(build / f"{extension.name.split('.')[-1]}.so", target)
+            target.unlink(missing_ok=True)  # a process that has loaded the old one keeps it
+            shutil.copyfile(folder / f"{extension.name.split('.')[-1]}.so", target)
+
+
+def build_with_cmake(folder: Path, torch: Path, nvcc: str | None) -> None:
+    configure = [
+        # fresh: the cache may name programs of a build environment that pip has removed
+        *("cmake", "--fresh", "-S", ROOT, "-B", folder, "-G", "Ninja"),
+        f"-DOPENSORA_TORCH={torch}",
+        f"-DOPENSORA_CUDA={'ON' if nvcc else 'OFF'}",
+        *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
+    ]
+    subprocess.run(configure, check=True)
+    subprocess.run(["cmake", "--build", folder], check=True)
 
 
 BUILD_CPU, BUILD_CUDA, REASON = decide(find_torch())
 if {"build_ext", "bdist_wheel", "editable_wheel", "develop", "install"} & set(sys.argv):
     print(f"opensora_kernels: building {REASON}")
 
-command_classes: dict[str, type] = {"build_ext": BuildWithCMake}
+command_classes: dict[str, type] = {"build_ext": BuildLibraries}
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError:  # setuptools < 70.1
