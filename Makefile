@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/tests/*)
+SOURCES := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu csrc/tests/*.h csrc/tests/*.cpp)
 
 .PHONY: sample test lint format ahead-of-time sass gpu doctor oracles clean
 

@@ -6,6 +6,8 @@ import importlib
 import importlib.metadata
 import platform
 import sys
+from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -55,21 +57,59 @@ def small_calls() -> list[str]:
 
 
 def hazards() -> list[str]:
-    """Facts about the installed versions that cost users time or memory."""
+    """Facts about the installed versions and the GPU that cost users time, memory or kernels."""
     found = []
-    major_minor = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if major_minor == (2, 9):
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if release == (2, 9):
         found.append(
             "torch 2.9 runs bf16 conv3d on CUDA without cuDNN: 3-17 times the memory (pytorch issues 166643, 177406);"
             " use torch 2.8 or >= 2.10"
         )
-    if major_minor < (2, 10):
+    if release < (2, 10):
         found.append(
             f"torch {torch.__version__} is older than 2.10, the oldest version the compiled libraries load into"
         )
-    if torch.cuda.is_available() and not torch.backends.cudnn.is_available():
-        found.append("cuDNN is not available: 3-D convolutions fall back to a slow path with much more memory")
-    return found
+    if torch.cuda.is_available():
+        found += cudnn_hazards(release, torch.backends.cudnn.version())
+        capabilities = [_extension.compute_capability(index) for index in range(torch.cuda.device_count())]
+        found += [f"cuda:{index} {text}" for index, one in enumerate(capabilities) for text in device_hazards(one)]
+    return found + [hazard for library in ("cpu", "cuda") for hazard in library_hazards(library)]
+
+
+def cudnn_hazards(release: tuple[int, ...], cudnn: int | None) -> list[str]:
+    """For a version of torch, (2, 10) say, and of cuDNN, 91500 say, or None where there is none."""
+    if cudnn is None:
+        return ["cuDNN is not available: 3-D convolutions fall back to a slow path with much more memory"]
+    if release >= (2, 9) and 90800 <= cudnn < 91500:
+        return [
+            f"cuDNN {cudnn // 10000}.{cudnn // 100 % 100} is wrong for 3-D convolutions in bf16 and fp16, so torch"
+            f" {release[0]}.{release[1]} computes those of contiguous tensors without it, with several times the memory"
+            " (pytorch issues 163539, 166643); use cuDNN >= 9.15, or channels_last_3d"
+        ]
+    return []
+
+
+def device_hazards(capability: tuple[int, int]) -> list[str]:
+    """For the compute capability of a GPU."""
+    shown = f"has compute capability {capability[0]}.{capability[1]}"
+    if capability < _extension.OLDEST_CAPABILITY:
+        return [f"{shown}: the compiled CUDA kernels need 8.0"]
+    if capability != (9, 0):
+        return [f"{shown}: the kernels for Hopper (TMA, wgmma) run on 9.0 alone, so the portable ones serve"]
+    return []
+
+
+def library_hazards(library: Literal["cpu", "cuda"]) -> list[str]:
+    """What is wrong with the file of a compiled library beside its sources, as in an editable installation."""
+    path, sources = _extension.library_file(library), Path(__file__).parents[1] / "csrc"
+    if not path.exists():
+        return []
+    version = _extension.build_facts(library).get("version", "unknown")
+    if version != __version__:
+        return [f"{path.name} was built from version {version}, this is {__version__}: install again"]
+    of_library = [*sources.glob("*.h"), *sources.glob("*.cpp" if library == "cpu" else "*.cu")]
+    newer = [source.name for source in sorted(of_library) if source.stat().st_mtime > path.stat().st_mtime]
+    return [f"{path.name} is older than csrc/{newer[0]}: install again"] if newer else []
 
 
 def _device() -> torch.device:
@@ -84,8 +124,22 @@ def _devices() -> str:
     return f"no CUDA device; CPU with {torch.get_num_threads()} threads"
 
 
+def _build(facts: dict[str, str]) -> list[str]:
+    """Of a library, in the doctor's words."""
+    if not facts:
+        return []
+    host = f"version {facts['version']} by {facts['compiler']} for torch >= {facts['torch ABI']}"
+    lines = [f"{host}, with headers of {facts['torch headers']}"]
+    if "nvcc" in facts:
+        lines.append(f"and by nvcc {facts['nvcc']} for {facts['architectures']}")
+    return lines
+
+
 def _parts() -> list[tuple[str, str]]:
-    parts = [(f"{name} library", _extension.why_not_loaded(name) or "loaded") for name in ("cpu", "cuda")]
+    parts = []
+    for name in ("cpu", "cuda"):
+        parts.append((f"{name} library", _extension.why_not_loaded(name) or "loaded"))
+        parts += [("", line) for line in _build(_extension.build_facts(name))]
     parts.append(("triton kernels", _triton.why_not(_device()) or "run"))
     for name in _OPTIONAL:
         try:

@@ -100,7 +100,7 @@ def choose(op: str, *arguments: Any) -> str:
     preferred = _overrides.get(_EVERY_OP)
     if preferred in candidates and _reason(op, preferred, arguments) is None:
         return preferred
-    for backend in _ORDER.get(device_type(arguments), _DEFAULT_ORDER):
+    for backend in _ORDER.get(device_type(device_of(arguments)), _DEFAULT_ORDER):
         if backend not in candidates or _reason(op, backend, arguments) is not None:
             continue
         if _reason_to_pass_over(op, backend, arguments) is None:
@@ -199,17 +199,22 @@ def meta_as(device_type: str) -> Iterator[None]:
 
 def is_cuda(device: torch.device) -> bool:
     """Whether tensors there are on a CUDA device, or stand for some: see `meta_as`."""
-    return (_meta_device_type if device.type == "meta" else device.type) == "cuda"
+    return device_type(device) == "cuda"
 
 
-def device_type(arguments: tuple[Any, ...]) -> str:
-    """Of the first tensor of a call: where its backends are looked for; "cpu" without any."""
+def device_of(arguments: tuple[Any, ...]) -> torch.device:
+    """Of the first tensor of a call, where its backends are looked for; the CPU without any."""
     for argument in arguments:
         if isinstance(argument, Tensor):
-            return _type_of(argument.device)
+            return argument.device
         if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
-            return _type_of(argument[0].device)
-    return "cpu"
+            return argument[0].device
+    return torch.device("cpu")
+
+
+def device_type(device: torch.device) -> str:
+    """Of the backends that tensors there try: "cuda" also for meta tensors that stand for some, see `meta_as`."""
+    return _meta_device_type if device.type == "meta" else device.type
 
 
 def _read_environment(text: str) -> dict[str, str]:
@@ -232,10 +237,6 @@ def _check_op(caller: str, op: str) -> None:
 def _check_backend(caller: str, backend: str) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"{caller}: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-
-
-def _type_of(device: torch.device) -> str:
-    return _meta_device_type if device.type == "meta" else device.type
 
 
 def _reason(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
