@@ -28,7 +28,7 @@ def build(folder: Path, torch: Path, nvcc: str | None) -> None:
     """Make `folder`/_cpu_library.so and, with an nvcc, `folder`/_cuda_library.so. Raises CalledProcessError."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = commands(folder, torch, nvcc)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(int(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", os.cpu_count() or 1))) as pool:
         list(pool.map(_run, wanted.values()))
     objects = {kind: [str(folder / path) for path in wanted if path.startswith(f"{kind}/")] for kind in ("cpu", "cuda")}
     compiler = _compiler()

@@ -87,10 +87,13 @@ def library_file(library: Literal["cpu", "cuda"]) -> Path:
 
 
 def build_facts(library: Literal["cpu", "cuda"]) -> dict[str, str]:
-    """What the library was built with, read from its file, whether it loads or not; empty without a file."""
+    """What the library was built with, whether it loads or not; empty without a file."""
     path = library_file(library)
-    if not path.exists():
-        return {}
+    return read_facts(path) if path.exists() else {}
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """What csrc/build_facts.h puts into the file of a library; empty for other files."""
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         start = content.find(_FACTS)
         if start < 0:
