@@ -41,14 +41,17 @@ def torch_is_cuda_build(torch_folder: Path) -> bool:
 
 
 def find_nvcc() -> str | None:
-    cuda_home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{cuda_home}/bin" if cuda_home else None) or shutil.which("nvcc")
+    """Of CUDA_HOME where that is set. Never by torch, whose CUDA_HOME is None in a CPU build."""
+    if home := os.environ.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def why_not_nvcc(nvcc: str | None) -> str | None:
     """None where nvcc can compile csrc/*.cu, else a sentence."""
     if nvcc is None:
-        return "nvcc is neither in CUDA_HOME/bin nor in PATH"
+        home = os.environ.get("CUDA_HOME")
+        return f"nvcc is not in {home}/bin" if home else "nvcc is neither in PATH nor in /usr/local/cuda/bin"
     version = version_of(nvcc, r"release (\d+)\.(\d+)")
     return None if version >= (12, 5) else f"{nvcc} is of CUDA {'.'.join(map(str, version))}; 12.5 or newer is needed"
 

@@ -1,9 +1,9 @@
 """`python -m bench gpu`: everything that a machine with one NVIDIA GPU can tell, in nine minutes and one folder.
 
-Needs a python3 with PyTorch and Triton, no network and no installation. Parts run in the order of what would be missed
-most; each has a time limit and a log of its own, and none stops the others. Ctrl-C ends the part that runs and keeps
-what is finished. Wheels of packages that the machine lacks (pytest, hypothesis, pytest-xdist, matplotlib, peers) may
-lie in a folder.
+Needs a python3 with PyTorch and Triton, no network and no installation; with nvcc it compiles the CUDA library first.
+Parts run in the order of what would be missed most; each has a time limit and a log of its own, and none stops the
+others. Ctrl-C ends the part that runs and keeps what is finished. Wheels of packages that the machine lacks (pytest,
+hypothesis, pytest-xdist, matplotlib, peers) may lie in a folder.
 """
 
 from __future__ import annotations
@@ -57,27 +57,36 @@ def parts(output: Path, *, num_workers: int = 0) -> list[Part]:
         return ["--json", str(output / f"{name}.json")]
 
     # Seconds that a part may take are fewer than its limit, by what the imports and its last case need.
-    forward = ["all", "--quick", "--cases", "large", "sizes", "--seconds-in-all", "120"]
-    backward = ["all", "--quick", "--cases", "large", "--direction", "backward", "--seconds-in-all", "40"]
+    forward = ["all", "--quick", "--cases", "large", "sizes", "--seconds-in-all", "100"]
+    backward = ["all", "--quick", "--cases", "large", "--direction", "backward", "--seconds-in-all", "30"]
     # compiling whole models would take the minutes that all other figures need
     model = ["model", "--models", "open_sora_1.2", "--quick", "--no-compile", "--scale", "open-sora-v1.2"]
-    model += ["--seconds-in-all", "40"]
-    tune = ["tune", "all", "--folder", str(output), "--seconds-each", "20", "--seconds-in-all", "40"]
+    model += ["--seconds-in-all", "30"]
+    tune = ["tune", "all", "--folder", str(output), "--seconds-each", "15", "--seconds-in-all", "20"]
     wanted = [
+        Part("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 60),
+        Part("doctor", [sys.executable, "-m", "opensora_kernels"], 15),
         Part("convolution", [*bench, "convolution", *to("convolution")], 40),
-        Part("bench", [*bench, *forward, *to("bench")], 135),
+        Part("bench", [*bench, *forward, *to("bench")], 115),
         Part("operators", [*pytest, *side_by_side, "tests/ops"], 100),
-        Part("backward", [*bench, *backward, *to("backward")], 55),
-        Part("tests", [*pytest, "tests", "--ignore", "tests/ops"], 30),
-        Part("model", [*bench, *model, *to("model")], 55),
-        Part("tune", [*bench, *tune], 50),
-        # No operator has CUDA sources yet, so nothing above needs what is built here: it only shows that it can be.
-        Part("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 30),
+        Part("backward", [*bench, *backward, *to("backward")], 45),
+        Part("tests", [*pytest, "tests", "--ignore", "tests/ops"], 20),
+        Part("model", [*bench, *model, *to("model")], 45),
+        Part("tune", [*bench, *tune], 30),
     ]
-    if shutil.which("compute-sanitizer"):
-        small = ["-k", "accurate_as_pytorch and small and cuda and float32", "tests/ops"]
-        wanted.append(Part("sanitizer", ["compute-sanitizer", "--error-exitcode", "9", *alone, *small], 25))
+    if (sanitizer := find_sanitizer()) is not None:
+        # torch's own allocator would hide what lies beside a tensor
+        checked = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--error-exitcode", "9"]
+        small = [*alone, "-k", "accurate_as_pytorch and -cuda-small and bfloat16", "tests/ops"]
+        for tool, seconds in (("memcheck", 30), ("racecheck", 20)):
+            wanted.append(Part(tool, [*checked, "--tool", tool, *small], seconds))
     return wanted
+
+
+def find_sanitizer() -> str | None:
+    """In PATH, or beside an nvcc that is not."""
+    folder = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "bin"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(folder))
 
 
 def pictures(output: Path) -> list[Part]:

@@ -17,12 +17,20 @@ ROOT = Path(__file__).parents[1]
 _FOLDER = ROOT / "build/tests-cuda"
 
 
+def find_nvcc() -> str | None:
+    """As setup.py finds it."""
+    if home := os.environ.get("CUDA_HOME"):
+        return which("nvcc", path=f"{home}/bin")
+    return which("nvcc") or which("nvcc", path="/usr/local/cuda/bin")
+
+
 def why_not_buildable() -> str | None:
     """None where csrc/ can be compiled for CUDA, else a sentence."""
     if sys.platform != "linux":
         return "the libraries are built on Linux alone"
-    missing = [program for program in ("nvcc", os.environ.get("CXX", "c++")) if which(program) is None]
-    return f"{' and '.join(missing)} not found" if missing else None
+    if find_nvcc() is None:
+        return "nvcc is not installed"
+    return None if which(os.environ.get("CXX", "c++")) else "there is no C++ compiler"
 
 
 def build() -> Path:
@@ -62,7 +70,7 @@ def _compile(folder: Path) -> None:
 
 def _key() -> str:
     """Of all that the libraries are made from."""
-    digest = hashlib.sha256(f"{torch.__version__} {which('nvcc')} {sys.version}".encode())
+    digest = hashlib.sha256(f"{torch.__version__} {find_nvcc()} {sys.version}".encode())
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     for path in sorted([*sources, ROOT / "CMakeLists.txt", ROOT / "setup.py", ROOT / "opensora_kernels/_version.py"]):
         digest.update(str(path.relative_to(ROOT)).encode())

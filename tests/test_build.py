@@ -26,9 +26,9 @@ PROGRAMS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 @pytest.mark.parametrize(("environment", "message"), [
     ({"OPENSORA_BUILD_CUDA": "maybe"}, "OPENSORA_BUILD_CUDA must be auto, on or off, got 'maybe'"),
     ({"OPENSORA_BUILD_CUDA": "on", "CXX": "", "PATH": ""}, "OPENSORA_BUILD_CUDA=on, but no C++ compiler was found"),
-    ({"OPENSORA_BUILD_CUDA": "on", "CXX": "c++", "PATH": "", "CUDA_HOME": ""}, "nvcc is neither in CUDA_HOME/bin nor"),
+    ({"OPENSORA_BUILD_CUDA": "on", "CXX": "c++", "CUDA_HOME": "/no"}, "CUDA=on, but nvcc is not in /no/bin"),
     ({"OPENSORA_BUILD_CUDA": "on", "CXX": "c++", "CUDA_HOME": "{old}"}, "is of CUDA 11.8; 12.5 or newer is needed"),
-    ({"OPENSORA_BUILD_CUDA": "auto", "CXX": "c++", "PATH": ""}, "building CPU library only, because nvcc is neither"),
+    ({"OPENSORA_BUILD_CUDA": "auto", "CXX": "c++", "CUDA_HOME": "/no"}, "building CPU library only, because nvcc"),
     ({"OPENSORA_BUILD_CUDA": "off", "CXX": "c++"}, "building CPU library only, because OPENSORA_BUILD_CUDA=off"),
     ({"OPENSORA_BUILD_CUDA": "off", "CXX": "", "PATH": ""}, "building pure Python, because no C++ compiler was found"),
 ])  # fmt: skip
@@ -51,7 +51,7 @@ def test_setup_says_what_it_decides_and_refuses_what_it_can_not_do(
 def test_files_are_compiled_with_the_same_flags_without_cmake(tmp_path: Path):
     if shutil.which("cmake", path=PROGRAMS) is None or shutil.which("ninja", path=PROGRAMS) is None:
         pytest.skip("cmake and ninja are not installed")
-    nvcc = None if cuda_library.why_not_buildable() else shutil.which("nvcc")
+    nvcc = None if cuda_library.why_not_buildable() else cuda_library.find_nvcc()
     configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DOPENSORA_TORCH={TORCH}"]
     configure += ["-DOPENSORA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []
     environment = os.environ | {"PATH": PROGRAMS}
