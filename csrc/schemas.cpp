@@ -5,4 +5,8 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(opensora_kernels, library) {
   library.def("smoke(Tensor x) -> Tensor");
+  library.def("pack_shards_cuda_forward(Tensor[] tensors, int num_shards, int dim) -> Tensor");
+  library.def("pack_shards_cuda_push(Tensor[] tensors, int num_shards, int dim, int[] targets) -> ()");
+  library.def(
+      "unpack_shards_cuda_forward(Tensor packed, int[] shape, int num_shards, int dim, int num_tensors) -> Tensor[]");
 }

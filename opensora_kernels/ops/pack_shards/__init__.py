@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from opensora_kernels import _triton
+from opensora_kernels import _extension, _triton
 from opensora_kernels.registration import call, register_op
 from opensora_kernels.shards import check_alike, check_dim
 
@@ -37,3 +37,4 @@ def pack_shards(tensors: Sequence[Tensor], *, num_shards: int, dim: int) -> Tens
 
 register_op("pack_shards", "(Tensor[] tensors, int num_shards, int dim) -> Tensor", reference.pack_shards)
 _triton.register("pack_shards")
+_extension.register("pack_shards", "cuda", why_slower=lambda *values: _extension.NOT_MEASURED)

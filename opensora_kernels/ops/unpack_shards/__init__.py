@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from opensora_kernels import _triton
+from opensora_kernels import _extension, _triton
 from opensora_kernels.registration import call, register_op
 from opensora_kernels.shards import check_dim
 
@@ -46,3 +46,4 @@ register_op(
     reference.unpack_shards,
 )
 _triton.register("unpack_shards")
+_extension.register("unpack_shards", "cuda", why_slower=lambda *values: _extension.NOT_MEASURED)
