@@ -39,6 +39,18 @@ def test_threads_move_every_byte_once_and_to_its_place(data: st.DataObject):
     assert all(torch.equal(now, then) for now, then in zip(back, tensors, strict=True))
 
 
+@pytest.mark.parametrize("force_wide", [False, True])
+@pytest.mark.parametrize(("shape", "dtype"), [((5, 7, 3, 151), torch.uint8), ((3, 97, 10, 72), torch.bfloat16)])
+def test_shards_of_many_blocks_are_whole(shape: tuple[int, ...], dtype: torch.dtype, force_wide: bool):
+    """A block moves 1,024 vectors, 256 at a time; of 16 bytes for heads of 72."""
+    qkv = list(numbers(*shape[:2], 3, *shape[2:], dtype=dtype).unbind(2))
+    for num_shards, dim in ((1, 1), (2, 2), (3, 1), (4, 2)):
+        packed = shards_replay.pack(qkv, num_shards, dim, force_wide=force_wide)
+        assert torch.equal(packed, by_tensor_split(qkv, num_shards, dim))
+        back = shards_replay.unpack(packed, list(shape), num_shards, dim, 3, force_wide=force_wide)
+        assert all(torch.equal(now, then) for now, then in zip(back, qkv, strict=True))
+
+
 @given(data=st.data())
 def test_a_push_leaves_each_shard_at_its_own_address_and_nothing_around_it(data: st.DataObject):
     shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
