@@ -23,9 +23,11 @@ from .ops.upsample_conv3d import upsample_conv3d
 from .sequence_parallel import (
     SequenceShards,
     gather_sequence,
+    release_peer_buffers,
     sequence_all_to_all,
     split_sequence,
     ulysses_attention,
+    why_not_peer_to_peer,
 )
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "pack_shards",
     "qk_norm_attention",
     "qk_norm_rope",
+    "release_peer_buffers",
     "rms_norm",
     "rms_norm_silu",
     "sequence_all_to_all",
@@ -56,6 +59,7 @@ __all__ = [
     "upsample_conv3d",
     "use",
     "vae",
+    "why_not_peer_to_peer",
 ]
 
 

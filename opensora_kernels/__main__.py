@@ -13,6 +13,7 @@ import torch
 
 from . import __version__, _extension, _triton, backends
 from .cases import Maker
+from .sequence_parallel.peers import why_not_here
 
 _OPTIONAL = ("triton", "flash-attn", "apex", "diffusers", "torch-npu")
 
@@ -141,6 +142,7 @@ def _parts() -> list[tuple[str, str]]:
         parts.append((f"{name} library", _extension.why_not_loaded(name) or "loaded"))
         parts += [("", line) for line in _build(_extension.build_facts(name))]
     parts.append(("triton kernels", _triton.why_not(_device()) or "run"))
+    parts.append(("peer to peer", why_not_here(_device()) or f'for route="peer"; {_extension.NOT_MEASURED}'))
     for name in _OPTIONAL:
         try:
             parts.append((name, importlib.metadata.version(name)))

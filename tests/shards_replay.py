@@ -52,7 +52,7 @@ def copy_by_threads(
         return (ctypes.c_int64 * len(values))(*values)
 
     strides = [stride for tensor in tensors for stride in tensor.stride()]
-    return _library().replay_copy(
+    return library().replay_copy(
         int(is_packing), numbers([tensor.data_ptr() for tensor in tensors]), numbers(strides),
         numbers(list(tensors[0].shape)), *map(ctypes.c_int64, (
             len(tensors), tensors[0].dim(), dim, tensors[0].element_size(), num_shards,
@@ -115,5 +115,5 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(compiled("pack_shards_replay.cpp", "-shared", "-fPIC")))

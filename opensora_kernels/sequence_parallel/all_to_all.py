@@ -9,30 +9,46 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from opensora_kernels.checks import check_choice
 from opensora_kernels.ops.pack_shards import pack_shards
 from opensora_kernels.ops.unpack_shards import unpack_shards
 from opensora_kernels.shards import check_alike, check_dim, shard_sizes
 
+from . import peers
 from .ranks import check_share, rank_and_size
+
+Route = Literal["auto", "collective", "peer"]
 
 
 @overload
 def sequence_all_to_all(
-    x: Tensor, *, scatter: int, gather: int, length: int, group: dist.ProcessGroup | None
+    x: Tensor, *, scatter: int, gather: int, length: int, group: dist.ProcessGroup | None, route: Route = "auto"
 ) -> Tensor: ...
 @overload
 def sequence_all_to_all(
-    x: Sequence[Tensor], *, scatter: int, gather: int, length: int, group: dist.ProcessGroup | None
+    x: Sequence[Tensor],
+    *,
+    scatter: int,
+    gather: int,
+    length: int,
+    group: dist.ProcessGroup | None,
+    route: Route = "auto",
 ) -> list[Tensor]: ...
 def sequence_all_to_all(
-    x: Tensor | Sequence[Tensor], *, scatter: int, gather: int, length: int, group: dist.ProcessGroup | None
+    x: Tensor | Sequence[Tensor],
+    *,
+    scatter: int,
+    gather: int,
+    length: int,
+    group: dist.ProcessGroup | None,
+    route: Route = "auto",
 ) -> Tensor | list[Tensor]:
     """The same tensor cut along axis `scatter` instead of axis `gather`, by one exchange between the ranks of `group`.
 
@@ -46,17 +62,24 @@ def sequence_all_to_all(
 
     Shapes: x of any dtype, device and strides; a sequence of tensors of one shape, such as [q, k, v], travels in one
     exchange and comes back as a list. Results are contiguous; a group of one rank, or None, returns x itself.
+    route: "collective" is `all_to_all_single` of the group, NCCL's or gloo's. With "peer", inside one node, the packing
+    kernel writes straight into the other ranks' memory, and two buffers as large as the largest share stay with the
+    group; not under torch.compile or in a CUDA graph, and all ranks must agree. "auto" is the collective, since "peer"
+    has not been measured on GPUs yet.
     Numbers: elements are moved, none is changed. Gradients: the inverse exchange; all ranks must run backward.
     Errors: ValueError for a tensor that is not this rank's share, axes that are equal or that x lacks, a group without
-    this process, or tensors of different shapes or devices; TypeError for different dtypes. A rank that raises leaves
-    the others waiting until the group's timeout.
+    this process, tensors of different shapes or devices, or, on all ranks, "peer" where `why_not_peer_to_peer` has a
+    reason against it; TypeError for different dtypes. A rank that raises alone leaves the others waiting until the
+    group's timeout.
     Source: DeepSpeed-Ulysses (arXiv 2309.14509); Open-Sora v1.2.0, opensora/acceleration/communications.py, all_to_all.
     """
     op = "sequence_all_to_all"
     tensors = [x] if isinstance(x, Tensor) else list(x)
     check_alike(op, tensors)
-    exchange = plan_exchange(op, tensors, scatter, gather, length, group)
+    exchange = plan_exchange(op, tensors, scatter, gather, length, group, route)
     if exchange.num_ranks > 1:
+        if exchange.is_to_peers:
+            peers.prepare(op, exchange, tensors[0])
         tensors = list(_AllToAll.apply(exchange, *tensors))
     return tensors[0] if isinstance(x, Tensor) else tensors
 
@@ -73,12 +96,13 @@ class Exchange:
     rank: int
     num_ranks: int
     group: dist.ProcessGroup | None
+    is_to_peers: bool = False  # the route
 
     @property
     def received_shape(self) -> tuple[int, ...]:
         shape = list(self.shape)
         shape[self.gather] = self.length
-        shape[self.scatter] = shard_sizes(self.shape[self.scatter], self.num_ranks)[self.rank]
+        shape[self.scatter] = self._scatter_sizes[self.rank]
         return tuple(shape)
 
     @property
@@ -90,6 +114,28 @@ class Exchange:
     def receive_sizes(self) -> list[int]:
         """Elements from each rank."""
         return _elements(self.num_tensors, self.received_shape, self.gather, self.num_ranks)
+
+    @property
+    def places(self) -> list[int]:
+        """Where the elements of this rank begin among those that each rank receives."""
+        before = sum(shard_sizes(self.length, self.num_ranks)[: self.rank])
+        return [self._cross_section * before * size for size in self._scatter_sizes]
+
+    @property
+    def most_received(self) -> int:
+        """Elements that the first rank receives: none receives more."""
+        return self._cross_section * self.length * self._scatter_sizes[0]
+
+    @property
+    def _cross_section(self) -> int:
+        """Elements of all tensors at one position of both axes."""
+        return self.num_tensors * math.prod(
+            size for axis, size in enumerate(self.shape) if axis not in (self.scatter, self.gather)
+        )
+
+    @property
+    def _scatter_sizes(self) -> list[int]:
+        return shard_sizes(self.shape[self.scatter], self.num_ranks)
 
     def inverse(self) -> Exchange:
         length, shape = self.shape[self.scatter], self.received_shape
@@ -103,16 +149,24 @@ def _elements(num_tensors: int, shape: tuple[int, ...], dim: int, num_ranks: int
 
 
 def plan_exchange(
-    op: str, tensors: list[Tensor], scatter: int, gather: int, length: int, group: dist.ProcessGroup | None
+    op: str,
+    tensors: list[Tensor],
+    scatter: int,
+    gather: int,
+    length: int,
+    group: dist.ProcessGroup | None,
+    route: Route = "auto",
 ) -> Exchange:
     """The exchange of `tensors`, which are alike. Raises ValueError where they are not this rank's share."""
+    check_choice(op, "route", route, Route)
     rank, num_ranks = rank_and_size(op, group)
     num_axes = tensors[0].dim()
     scatter, gather = check_dim(op, "scatter", scatter, num_axes), check_dim(op, "gather", gather, num_axes)
     if scatter == gather:
         raise ValueError(f"{op}: scatter and gather must be different axes, got {scatter} for both")
     check_share(op, "x", tensors[0], gather, length, rank, num_ranks)
-    return Exchange(scatter, gather, tuple(tensors[0].shape), length, len(tensors), rank, num_ranks, group)
+    shape = tuple(tensors[0].shape)
+    return Exchange(scatter, gather, shape, length, len(tensors), rank, num_ranks, group, route == "peer")
 
 
 class _AllToAll(torch.autograd.Function):
@@ -121,6 +175,8 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
+        if exchange.is_to_peers:
+            return tuple(_unpacked(peers.push(list(tensors), exchange), exchange, is_lent=True))
         received = _receive_buffer(tensors[0], exchange)
         _exchange(received, _packed(tensors, exchange), exchange)
         return tuple(_unpacked(received, exchange))
@@ -205,10 +261,11 @@ def _receive_buffer(like: Tensor, exchange: Exchange) -> Tensor:
     return like.new_empty(sum(exchange.receive_sizes))
 
 
-def _unpacked(received: Tensor, exchange: Exchange) -> list[Tensor]:
+def _unpacked(received: Tensor, exchange: Exchange, *, is_lent: bool = False) -> list[Tensor]:
+    """What `received` holds; in other memory, if it is lent."""
     shape = exchange.received_shape
     if _is_in_order(shape, exchange.gather, exchange.num_tensors):
-        return [received]
+        return [received.view(shape).clone() if is_lent else received]
     options = {"num_shards": exchange.num_ranks, "dim": exchange.gather, "num_tensors": exchange.num_tensors}
     return unpack_shards(received, shape=shape, **options)
 

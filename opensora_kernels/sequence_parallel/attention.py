@@ -12,7 +12,7 @@ from opensora_kernels.checks import check_float, check_same_device, check_shape
 from opensora_kernels.ops.attention import attention
 from opensora_kernels.ops.qk_norm_rope import NormScope, Order, RopeLayout, check_qk_norm_rope, qk_norm_rope
 
-from .all_to_all import Flight, plan_exchange, sequence_all_to_all
+from .all_to_all import Flight, Route, plan_exchange, sequence_all_to_all
 from .ranks import check_share, rank_and_size
 
 _TOKENS, _HEADS = -3, -2
@@ -36,6 +36,7 @@ def ulysses_attention(
     scale: float | None = None,
     key_lengths: Tensor | None = None,
     overlap: bool = False,
+    route: Route = "auto",
 ) -> Tensor:
     """attention(*qk_norm_rope(q, k, ...), v) of a sequence whose tokens are spread over the ranks of `group`.
 
@@ -51,7 +52,8 @@ def ulysses_attention(
     `qk_norm_rope`. key_lengths: (*), the tokens of the whole sequence that are no padding. Returns (*, L_local, N, D).
     A group of one rank, or None: the sequence is whole.
     overlap: v travels while q and k are normed and rotated, in an exchange of its own; the same numbers. Gradients of
-    gradients need False, and under torch.compile it is False.
+    gradients need False; under torch.compile and with route="peer" it is False.
+    route: how the exchanges travel, see `sequence_all_to_all`.
     Attention to text, or along an axis that is not cut, needs no exchange: call `attention` with this rank's queries.
     Numbers: those of `qk_norm_rope` and `attention`. Gradients: every tensor's own; gradients of weights are of this
     rank's tokens, to be added up over the ranks. All ranks must run backward.
@@ -74,9 +76,10 @@ def ulysses_attention(
     options = {"cos": cos, "sin": sin, "eps": eps, "order": order, "rope_layout": rope_layout, "norm_scope": norm_scope}
     lengths = sequence_length, sequence_length
     num_heads = q.shape[_HEADS]
-    q, k, v = by_heads(op, q, k, v, q_weight, k_weight, lengths=lengths, group=group, overlap=overlap, **options)
+    travel = {"group": group, "route": route}
+    q, k, v = by_heads(op, q, k, v, q_weight, k_weight, lengths=lengths, overlap=overlap, **travel, **options)
     out = attention(q, k, v, scale=scale, key_lengths=key_lengths)
-    return by_tokens(out, num_heads=num_heads, group=group)
+    return by_tokens(out, num_heads=num_heads, **travel)
 
 
 def by_heads(
@@ -90,12 +93,15 @@ def by_heads(
     lengths: tuple[int, int],
     group: dist.ProcessGroup | None,
     overlap: bool,
+    route: Route,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qk_norm_rope of this rank's tokens, then the exchange: all `lengths` of queries and of keys, for its heads."""
-    to_heads = {"scatter": _HEADS, "gather": _TOKENS, "group": group}
+    to_heads = {"scatter": _HEADS, "gather": _TOKENS, "group": group, "route": route}
     num_queries, num_keys = lengths
-    if overlap and not torch.compiler.is_compiling() and rank_and_size(op, group)[1] > 1:
+    # a rank's exchanges with its peers come one after another: none is under way beside another
+    can_overlap = route != "peer" and not torch.compiler.is_compiling()
+    if overlap and can_overlap and rank_and_size(op, group)[1] > 1:
         flight = Flight(plan_exchange(op, [v], **to_heads, length=num_keys)).start([v])
         q, k = qk_norm_rope(q, k, q_weight, k_weight, **options)
         q, k = _exchanged([q], [k], num_queries, num_keys, to_heads)
@@ -104,9 +110,9 @@ def by_heads(
     return tuple(_exchanged([q], [k, v], num_queries, num_keys, to_heads))
 
 
-def by_tokens(out: Tensor, *, num_heads: int, group: dist.ProcessGroup | None) -> Tensor:
+def by_tokens(out: Tensor, *, num_heads: int, group: dist.ProcessGroup | None, route: Route) -> Tensor:
     """All heads of this rank's tokens: the exchange back."""
-    return sequence_all_to_all(out, scatter=_TOKENS, gather=_HEADS, length=num_heads, group=group)
+    return sequence_all_to_all(out, scatter=_TOKENS, gather=_HEADS, length=num_heads, group=group, route=route)
 
 
 def _exchanged(

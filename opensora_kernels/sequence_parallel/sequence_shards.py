@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opensora_kernels.checks import check_float, check_mask, check_same_device, check_shape
+from opensora_kernels.checks import check_choice, check_float, check_mask, check_same_device, check_shape
 from opensora_kernels.ops.attention import attention
 from opensora_kernels.ops.qk_norm_attention import qk_norm_attention
 from opensora_kernels.ops.qk_norm_rope import NormScope, Order, RopeLayout, check_qk_norm_rope
 from opensora_kernels.shards import shard_sizes
 
+from .all_to_all import Route
 from .attention import by_heads, by_tokens
 from .ranks import check_share, rank_and_size
 from .ring import ring_attention
@@ -34,21 +35,24 @@ class SequenceShards:
     `ring` times the size of `ulysses` plus its rank there, as in a mesh of the axes (ring, ulysses). A share is what
     `torch.tensor_split` over `group` makes it: any length will do, and a share may be empty. In attention, the ranks of
     a `ulysses` group exchange their tokens for a share of the heads each, and those of a `ring` pass keys and values
-    round. A group is None, or of one rank, where there is nothing to share: SequenceShards() is one process.
+    round. A group is None, or of one rank, where there is nothing to share: SequenceShards() is one process. `route`
+    says how the exchanges of a `ulysses` group travel: see `sequence_all_to_all`.
 
     Gradients: between split(grad_scale="down") and gather(grad_scale="up"), and for all that ranks compute alike, the
     average over all ranks of a parameter's gradient is that of one process.
-    Errors: ValueError for groups without this process, of sizes that do not fit, or in another order. A rank that
-    raises leaves the others waiting until the group's timeout.
+    Errors: ValueError for groups without this process, of sizes that do not fit, or in another order, and for another
+    route. A rank that raises leaves the others waiting until the group's timeout.
     Source: DeepSpeed-Ulysses (arXiv 2309.14509), ring attention (arXiv 2310.01889), both together (arXiv 2405.07719).
     """
 
     ulysses: dist.ProcessGroup | None = None
     ring: dist.ProcessGroup | None = None
     group: dist.ProcessGroup | None = None
+    route: Route = "auto"
 
     def __post_init__(self) -> None:
         op = "SequenceShards"
+        check_choice(op, "route", self.route, Route)
         (rank, num_ranks), (across, num_across), (along, num_along) = (
             rank_and_size(op, group) for group in (self.group, self.ulysses, self.ring)
         )
@@ -116,7 +120,7 @@ class SequenceShards:
         weights and options as in `qk_norm_rope`. key_lengths (*), whole numbers, or key_mask (*, num_keys), booleans:
         the keys of the whole sequence that are attended to, the first so many or any; a sample without any gives zeros,
         and all must be finite. Returns (*, L_local, N, D), contiguous, in q's dtype.
-        overlap: v travels to the heads while q and k are normed and rotated; the same numbers.
+        overlap: v travels to the heads while q and k are normed and rotated; the same numbers. False by route "peer".
         Numbers: those of `qk_norm_rope` and `attention`; a ring computes and adds up in fp32, and rounds once.
         Gradients: every tensor's own, not twice; those of weights are of this rank's tokens. All ranks must run
         backward.
@@ -141,9 +145,8 @@ class SequenceShards:
         chunks = self._chunk_sizes(num_keys)
         lengths = self._chunk_sizes(sequence_length)[along], chunks[along]
         num_heads = q.shape[-2]
-        q, k, v = by_heads(
-            op, q, k, v, q_weight, k_weight, lengths=lengths, group=self.ulysses, overlap=overlap, **options
-        )
+        travel = {"group": self.ulysses, "route": self.route}
+        q, k, v = by_heads(op, q, k, v, q_weight, k_weight, lengths=lengths, overlap=overlap, **travel, **options)
         key_lengths = _lengths_of_chunks(key_lengths, chunks, q.device)
         if key_mask is not None:
             masks = key_mask.to(q.device).split(chunks, -1)
@@ -154,7 +157,7 @@ class SequenceShards:
         else:
             scale = q.shape[-1] ** -0.5 if scale is None else scale
             out = ring_attention(q, k, v, scale=scale, key_sizes=chunks, key_lengths=key_lengths, group=self.ring)
-        return by_tokens(out, num_heads=num_heads, group=self.ulysses)
+        return by_tokens(out, num_heads=num_heads, **travel)
 
     def _chunk_sizes(self, length: int) -> list[int]:
         """Tokens of each rank of the ring, once the exchange has put the shares of its `ulysses` group together."""

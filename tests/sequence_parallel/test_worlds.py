@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 
 from opensora_kernels import gather_sequence, sequence_all_to_all, split_sequence, ulysses_attention
-from tests.sequence_parallel import checks, shards_checks
+from tests.sequence_parallel import checks, peers_checks, shards_checks
 from tests.sequence_parallel.worlds import PASSED, World, run
 
 # Compiling takes longer than all other checks, and nothing in it depends on the number of ranks.
+_OF_ALL = [*checks.CHECKS, *shards_checks.CHECKS]
 CHECKS_OF = {
-    2: [*checks.CHECKS, *shards_checks.CHECKS, checks.split_attention_and_gathering_compile_to_one_graph],
-    3: [*checks.CHECKS, *shards_checks.CHECKS],
-    4: [*checks.CHECKS, *shards_checks.CHECKS],
+    2: [*_OF_ALL, *peers_checks.CHECKS, checks.split_attention_and_gathering_compile_to_one_graph],
+    3: [*_OF_ALL, *peers_checks.CHECKS],
+    4: _OF_ALL,
 }
 PATIENCE = 3  # seconds that a rank waits for the others where one is late on purpose
 
@@ -34,7 +35,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS_OF[2]])
 def test_in_every_process(outcomes: dict[str, list[str]], name: str):
     if name not in outcomes:
-        pytest.skip("checked among 2 ranks alone, for its time")
+        pytest.skip("checked among fewer ranks, for its time")
     assert outcomes[name] == [PASSED] * len(outcomes[name]), "\n".join(outcomes[name])
 
 
