@@ -11,7 +11,7 @@
 
 #include "pack_shards_plan.h"
 
-namespace opensora {
+namespace opensora::shards {
 namespace {
 
 using torch::stable::Tensor;
@@ -111,10 +111,10 @@ void pack_shards_cuda_push(std::vector<Tensor> tensors, int64_t num_shards, int6
 }
 
 }  // namespace
-}  // namespace opensora
+}  // namespace opensora::shards
 
 STABLE_TORCH_LIBRARY_IMPL(opensora_kernels, CUDA, library) {
-  library.impl("pack_shards_cuda_forward", TORCH_BOX(&opensora::pack_shards_cuda_forward));
-  library.impl("unpack_shards_cuda_forward", TORCH_BOX(&opensora::unpack_shards_cuda_forward));
-  library.impl("pack_shards_cuda_push", TORCH_BOX(&opensora::pack_shards_cuda_push));
+  library.impl("pack_shards_cuda_forward", TORCH_BOX(&opensora::shards::pack_shards_cuda_forward));
+  library.impl("unpack_shards_cuda_forward", TORCH_BOX(&opensora::shards::unpack_shards_cuda_forward));
+  library.impl("pack_shards_cuda_push", TORCH_BOX(&opensora::shards::pack_shards_cuda_push));
 }

@@ -10,7 +10,7 @@
 
 #include "host_device.h"
 
-namespace opensora {
+namespace opensora::shards {
 
 constexpr int kMaxTensors = 8;  // of one launch; a longer list takes several
 constexpr int kMaxTargets = 8;  // the GPUs of one node
@@ -187,4 +187,4 @@ OPENSORA_HOST_DEVICE void copy_vectors(const Copy<Index>& copy, uint32_t block, 
   }
 }
 
-}  // namespace opensora
+}  // namespace opensora::shards

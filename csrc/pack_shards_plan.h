@@ -9,7 +9,7 @@
 
 #include "pack_shards_maps.h"
 
-namespace opensora {
+namespace opensora::shards {
 
 struct Axis {
   int64_t size;
@@ -190,4 +190,4 @@ void with_variant(const CopyPlan& plan, Run&& run) {
   }
 }
 
-}  // namespace opensora
+}  // namespace opensora::shards

@@ -8,7 +8,7 @@
 
 namespace {
 
-using namespace opensora;
+using namespace opensora::shards;
 
 int failures = 0;
 

@@ -69,7 +69,7 @@ def why_not_here(device: torch.device) -> str | None:
         return f"torch {torch.__version__} has no symmetric memory with `empty` and `rendezvous`"
     backend = memory.get_backend(device) if hasattr(memory, "get_backend") else "CUDA"
     if backend != "CUDA":
-        return f"PyTorch's symmetric memory is set to {backend}, and only CUDA's own is used here"
+        return f"PyTorch's symmetric memory has the backend {backend}, and only its CUDA backend is used here"
     return None
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from opensora_kernels._extension import why_not_loaded
 from opensora_kernels.ops.pack_shards import cuda_kernel as packing
 from opensora_kernels.ops.unpack_shards import cuda_kernel as unpacking
 from tests import shards_replay
@@ -93,6 +94,31 @@ def test_calls_fit_the_schemas_and_gradients_move_the_other_way(num_shards: int)
     for found in (grads, back):
         assert all(torch.equal(now, then) for now, then in zip(found, tensors, strict=True))
     assert torch.equal(grad, by_tensor_split([tensors[0], torch.zeros_like(tensors[1])], num_shards, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_shards", [3, 8])
+def test_a_gpu_packs_unpacks_and_pushes_what_the_replay_does(num_shards: int):
+    """STDiT's heads, odd ones, a transposed result, and strides of more axes than the kernel follows."""
+    if (reason := why_not_loaded("cuda")) is not None:
+        pytest.skip(reason)
+    many = torch.randn(2, 3, 2, 3, 2, 2).permute(4, 2, 0, 1, 3, 5)
+    for tensors, dim in (
+        (list(torch.randn(2, 97, 3, 16, 72).bfloat16().unbind(2)), 2),
+        (list(torch.randn(11, 3, 13, 7, 5).half().unbind()), 1),
+        ([torch.randn(2, 16, 33, 72).bfloat16().transpose(1, 2)], 1),
+        ([many], 3),
+    ):
+        on_gpu = [tensor.to("cuda") for tensor in tensors]
+        packed = packing.forward(on_gpu, num_shards, dim)
+        assert torch.equal(packed.cpu(), shards_replay.pack(tensors, num_shards, dim))
+        back = unpacking.forward(packed, list(tensors[0].shape), num_shards, dim, len(tensors))
+        assert all(torch.equal(now.cpu(), then) for now, then in zip(back, tensors, strict=True))
+        sizes = [sum(map(Tensor.numel, cut)) for cut in _cuts(tensors, num_shards, dim)]
+        memory = [packed.new_zeros(size) for size in sizes]
+        targets = [each.data_ptr() for each in memory]
+        torch.ops.opensora_kernels.pack_shards_cuda_push(on_gpu, num_shards, dim, targets)
+        assert torch.equal(torch.cat(memory), packed)
 
 
 def _cuts(tensors: list[Tensor], num_shards: int, dim: int) -> list[list[Tensor]]:
