@@ -24,7 +24,8 @@ def assert_accurate(
 
     ULP are those of each result's dtype or, if coarser, of `coarsest`: an fp32 gradient of fp32 angles that is computed
     from bf16 numbers is no better than they are. `is_chain`: of hundreds of operators, whose largest error is chance in
-    either; the RMS alone is compared. `leniency` multiplies what is allowed: for figures of other people's code.
+    either; the RMS alone is compared. `leniency` multiplies what is allowed: for figures of other people's code, or by
+    how many times as often something is rounded.
     """
     triples = zip(*(_tensors(tree) for tree in (actual, at_same_dtype, truth)), strict=True)
     for index, (have, plain, true) in enumerate(triples):

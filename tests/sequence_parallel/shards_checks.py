@@ -191,7 +191,9 @@ def _assert_like_one_process(
     out = sequence.attention(*leaves, **lengths, **keys)
     found = [out.detach(), *torch.autograd.grad(out, leaves, mine["grad"])]
     truth, same = ([share(x, x.dim() - 3, world) for x in tensors] for tensors in (truth, same))
-    assert_accurate(found, same, truth, f"{tuple(inputs['q'].shape)} {[*keys]} {sequence}")
+    # every part of the ring rounds the log-sum-exp of its scores once more, which shifts all weights of a query
+    num_parts = dist.get_world_size(sequence.ring) if sequence.ring else 1
+    assert_accurate(found, same, truth, f"{tuple(inputs['q'].shape)} {[*keys]} {sequence}", leniency=num_parts)
 
 
 def _alone(inputs: dict[str, Tensor], keys: dict[str, Tensor]) -> list[Tensor]:
