@@ -127,12 +127,6 @@ OPENSORA_HOST_DEVICE constexpr int keys_left(int length, int block) {
 
 // ---- shared memory ----
 
-// What TMA writes and wgmma reads at `address`: pieces of 16 bytes change places within `span_bytes` (32, 64 or 128).
-OPENSORA_HOST_DEVICE constexpr uint32_t swizzled(uint32_t address, int span_bytes) {
-  const uint32_t mask = static_cast<uint32_t>(span_bytes) - 16;
-  return address ^ ((address >> 3) & mask);
-}
-
 // The part of a tile of queries or keys that holds 16 columns: where its rows begin, and how wide they are.
 struct Step {
   uint32_t offset;

@@ -11,6 +11,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(opensora_kernels, library) {
       "unpack_shards_cuda_forward(Tensor packed, int[] shape, int num_shards, int dim, int num_tensors) -> Tensor[]");
   // attention_sm90a.cu: q, out (O, P, L, N, D); k, v (O, P, K, N, D), or packed (1, 1, K, N, D); lengths, ends (O * P,);
   // lse (O * P, N, L)
+  // attention_sm90a.cu: q, out (O, P, L, N, D); k, v (O, P, K, N, D), or packed (1, 1, K, N, D); lengths, ends (O *
+  // P,); lse (O * P, N, L)
   library.def(
       "attention_cuda_forward(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? ends, float scale, "
       "Tensor(a!) out, Tensor(b!) lse) -> ()");

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from opensora_kernels import _triton, backends
+from opensora_kernels import _extension, _triton, backends
 from opensora_kernels.backends import Implementation
 from opensora_kernels.checks import check_float, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
@@ -18,6 +18,8 @@ __all__ = ["attention"]
 
 # More queries or keys than this fill tiles of the sizes that the library's kernels are made for.
 LONG = 128
+# Instances of the template in csrc/attention_sm90a.cuh.
+CUDA_HEAD_SIZES = (64, 72, 96, 128)
 
 
 def attention(
@@ -69,6 +71,34 @@ def _why_no_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: T
     return None
 
 
+def _why_no_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"the tensor cores multiply bfloat16 or float16, got {q.dtype}"
+    if q.shape[-1] not in CUDA_HEAD_SIZES:
+        return f"it is compiled for heads of {', '.join(map(str, CUDA_HEAD_SIZES))} elements, got {q.shape[-1]}"
+    if not scale > 0:
+        return f"maxima are taken before the scale, which must be positive, got {scale}"
+    if q.numel() == 0 or k.numel() == 0:
+        return "there is nothing to copy for no queries or no keys"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1 or x.storage_offset() % 8:
+            return f"heads must be dense and begin at multiples of 16 bytes for TMA, which those of {name} do not"
+        strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+        if any(stride <= 0 or stride % 8 for stride in strides[:-1]):
+            return f"strides must be multiples of 8 elements for TMA, got {x.stride()} for {name}"
+    if (reason := _triton.why_not_installed()) is not None:
+        return f"its backward pass is Triton's, and {reason}"
+    if q.is_cuda and (capability := _extension.compute_capability(q.device.index)) != (9, 0):
+        return f"it is made of Hopper's instructions, of compute capability 9.0, got {'.'.join(map(str, capability))}"
+    return None
+
+
+def _why_cuda_is_slower(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
+    if max(q.shape[-3], k.shape[-3]) <= LONG:
+        return f"its tiles are of 128 keys and more queries, so that Triton's serve {LONG} and fewer"
+    return _extension.NOT_MEASURED
+
+
 def _why_triton_is_slower(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
     if (
         q.is_meta
@@ -79,7 +109,7 @@ def _why_triton_is_slower(q: Tensor, k: Tensor, v: Tensor, scale: float, key_len
     return f"PyTorch's fused attention is thought faster for more than {LONG} queries or keys; not measured yet"
 
 
-def _saved_by_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> list[Tensor]:
+def _saved_by_kernels(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> list[Tensor]:
     """The logarithm, to base 2, of the sum of exponentials of each query's scores."""
     num_queries, num_heads, _ = q.shape[-3:]
     return [q.new_empty(math.prod(q.shape[:-3]), num_heads, num_queries, dtype=torch.float32)]
@@ -93,7 +123,10 @@ register_op(
     keeps=lambda *values: True,
     casts=("q", "k", "v"),
 )
-_triton.register("attention", why_not=_why_no_triton, why_slower=_why_triton_is_slower, saved_like=_saved_by_triton)
+_triton.register("attention", why_not=_why_no_triton, why_slower=_why_triton_is_slower, saved_like=_saved_by_kernels)
+_extension.register(
+    "attention", "cuda", why_not=_why_no_cuda, why_slower=_why_cuda_is_slower, saved_like=_saved_by_kernels
+)
 backends.register(
     "attention",
     "library",

@@ -42,7 +42,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor |
     launch(
         _attention_forward_kernel,
         (lse_BNL.shape[:2].numel() * triton.cdiv(num_queries, tile["BLOCK_L"]),),
-        q_OPLND, k_OPKND, v_OPKND, *_lengths_and_ends(q, k, key_lengths), out, lse_BNL,
+        q_OPLND, k_OPKND, v_OPKND, *lengths_and_ends(q, k, key_lengths), out, lse_BNL,
         *_numbers(q_OPLND, k_OPKND, v_OPKND, scale), **_constants(q_OPLND, k_OPKND, v_OPKND), **tile,
     )  # fmt: skip
     return [out, lse_BNL]
@@ -62,7 +62,7 @@ def backward(
     grad_out = torch.zeros_like(out) if grads[0] is None else grads[0].contiguous()
     q_OPLND, k_OPKND, v_OPKND = views(q, *_of_each_sample(q, k, v))
     delta_BNL, grad_q = torch.empty_like(lse_BNL), torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    inputs = (q_OPLND, k_OPKND, v_OPKND, *_lengths_and_ends(q, k, key_lengths), grad_out, lse_BNL, delta_BNL)
+    inputs = (q_OPLND, k_OPKND, v_OPKND, *lengths_and_ends(q, k, key_lengths), grad_out, lse_BNL, delta_BNL)
     numbers, constants = _numbers(q_OPLND, k_OPKND, v_OPKND, scale), _constants(q_OPLND, k_OPKND, v_OPKND)
     tile = _tile("backward_queries", q, k)
     launch(
@@ -89,7 +89,7 @@ def _of_each_sample(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)) if reference.is_packed(q, k) else (k, v)
 
 
-def _lengths_and_ends(q: Tensor, k: Tensor, key_lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def lengths_and_ends(q: Tensor, k: Tensor, key_lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Each sample's number of keys and, if they are packed, the key after its last: read by the kernels alone."""
     if key_lengths is None:
         return None, None

@@ -1,0 +1,204 @@
+"""Attention's Hopper kernel on a machine without a GPU: its index maps, and its loops replayed on the host."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from opensora_kernels import _extension, _triton, backends
+from opensora_kernels.ops.attention import reference
+from tests.ops.accuracy import assert_accurate
+from tests.ops.properties import Numbers, interpreted
+
+SOURCES = Path(__file__).parents[1] / "csrc/tests"
+HEAD_SIZES = (64, 72, 96, 128)
+SCALE = 0.11
+
+
+def compile_host(source: str, target: Path, *options: str) -> Path:
+    if (compiler := shutil.which("c++")) is None:
+        pytest.skip("there is no C++ compiler")
+    command = [compiler, "-std=c++20", "-O2", "-Wall", "-Werror", *options, SOURCES / source, "-o", target]
+    subprocess.run(command, check=True)
+    return target
+
+
+def test_every_index_map_agrees_with_the_hardware(tmp_path: Path):
+    program = compile_host("attention_maps.cpp", tmp_path / "maps")
+    ran = subprocess.run([program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+
+
+class Replay:
+    """The operator's kernel on the CPU, by csrc/tests/attention_replay.cpp."""
+
+    num_programs = 1
+    consumers_first = False
+
+    def __init__(self, library: Path) -> None:
+        self._run = ctypes.CDLL(str(library)).attention_replay
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        ends: Tensor | None,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        numbers = [*q.shape, *k.shape[:3], *q.stride(), *k.stride(), *v.stride()]
+        sizes = (ctypes.c_int64 * len(numbers))(*numbers)
+        strides = ctypes.byref(sizes, 8 * ctypes.sizeof(ctypes.c_int64))
+        pointers = [ctypes.c_void_p(x.data_ptr() if x is not None else None) for x in (q, k, v, lengths, ends, out, lse)]
+        scale_log2 = ctypes.c_float(scale * math.log2(math.e))
+        is_bfloat16 = int(q.dtype is torch.bfloat16)
+        ended = self._run(
+            *pointers, sizes, strides, scale_log2, is_bfloat16, self.num_programs, int(self.consumers_first)
+        )
+        assert ended == 0, "the kernel would hang" if ended == 1 else f"there are no heads of {q.shape[-1]}"
+
+
+@pytest.fixture(scope="module")
+def replay_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replay]:
+    if (reason := _extension.why_not_loaded("cpu")) is not None:
+        pytest.skip(f"the operator's schema is not there: {reason}")
+    if (reason := _triton.why_not_installed()) is not None:
+        pytest.skip(reason)
+    target = tmp_path_factory.mktemp("csrc") / "attention_replay.so"
+    replay = Replay(compile_host("attention_replay.cpp", target, "-shared", "-fPIC"))
+    library = torch.library.Library("opensora_kernels", "IMPL")
+    library.impl("attention_cuda_forward", lambda *arguments: replay(*arguments), "CPU")
+    yield replay
+    library._destroy()
+
+
+@pytest.fixture
+def replay(replay_of_module: Replay) -> Iterator[Replay]:
+    yield replay_of_module
+    replay_of_module.num_programs, replay_of_module.consumers_first = Replay.num_programs, Replay.consumers_first
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None) -> list[Tensor]:
+    from opensora_kernels.ops.attention import cuda_kernel
+
+    return cuda_kernel.forward(q, k, v, SCALE, key_lengths)
+
+
+def assert_right(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    out, lse_BNL = forward(q, k, v, key_lengths)
+    truth = reference.attention(q.double(), k.double(), v.double(), SCALE, key_lengths)
+    assert_accurate(out, reference.attention(q, k, v, SCALE, key_lengths), truth, "out")
+    scores = SCALE * q.double().transpose(-3, -2) @ k.double().transpose(-3, -2).transpose(-1, -2)
+    if key_lengths is not None:
+        mask = reference.key_mask(q, k, key_lengths)[..., None, None, :]
+        scores = torch.where(mask, scores, -math.inf)
+        scores = torch.where(mask.any(-1, keepdim=True), scores, math.inf)  # no weight to a query without keys
+    want = (torch.logsumexp(scores, -1) / math.log(2)).reshape(lse_BNL.shape)
+    # fp32: 128 products of up to 10, and a maximum of up to 50 that is scaled, are off by a few times 2^-24 of these
+    torch.testing.assert_close(lse_BNL.double(), want, rtol=1e-5, atol=1e-5)
+    return out, lse_BNL
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_replay_of_a_packed_projection_is_as_accurate_as_pytorch(replay: Replay, head_size: int, dtype: torch.dtype):
+    # two blocks of queries and three of keys, the last ones of each partly beyond the end
+    qkv = Numbers(head_size, dtype)(2, 261, 3, 2, head_size)
+    assert_right(*qkv.unbind(2))
+
+
+@pytest.mark.parametrize("consumers_first", [False, True])
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_order_of_roles_and_number_of_programs_change_nothing(replay: Replay, num_programs: int, consumers_first: bool):
+    q, k, v = (Numbers(seed, torch.bfloat16)(3, length, 1, 72) for seed, length in enumerate((200, 700, 700)))
+    key_lengths = torch.tensor([700, 0, 513])
+    want = forward(q, k, v, key_lengths)
+    replay.num_programs, replay.consumers_first = num_programs, consumers_first
+    out, lse_BNL = assert_right(q, k, v, key_lengths)
+    assert torch.equal(out, want[0])
+    assert torch.equal(lse_BNL, want[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_replay_of_padded_keys_gives_zeros_without_any(replay: Replay, dtype: torch.dtype):
+    q, k, v = (Numbers(seed, torch.bfloat16)(4, length, 2, 72) for seed, length in enumerate((70, 150, 150)))
+    out, lse_BNL = assert_right(q, k, v, torch.tensor([0, 150, 1, 128], dtype=dtype))
+    assert not out[0].any()
+    assert torch.equal(lse_BNL[0], torch.full_like(lse_BNL[0], math.inf))
+
+
+def test_replay_of_packed_keys(replay: Replay):
+    numbers = Numbers(0, torch.bfloat16)
+    # the last seven rows are of no sample
+    q, k, v = numbers(3, 50, 2, 72), numbers(142, 2, 72), numbers(142, 2, 72)
+    assert_right(q, k, v, torch.tensor([130, 0, 5]))
+
+
+def test_replay_of_tokens_over_time(replay: Replay):
+    # (B, T, S, 3, N, D) with time and space swapped, and a head of five that ends before the next begins
+    qkv = Numbers(0, torch.bfloat16)(2, 131, 2, 3, 1, 80)[..., :72]
+    assert_right(*(x.transpose(1, 2) for x in qkv.unbind(3)))
+
+
+@interpreted
+def test_its_log_sum_exp_serves_the_backward_pass_of_triton(replay: Replay):
+    from opensora_kernels.ops.attention import cuda_kernel
+
+    numbers = Numbers(0, torch.float16)
+    q, k, v = numbers(3, 20, 1, 72), numbers(31, 1, 72), numbers(31, 1, 72)
+    lengths, grad = torch.tensor([17, 0, 9]), numbers(3, 20, 1, 72)
+    saved = cuda_kernel.forward(q, k, v, SCALE, lengths)
+    found = cuda_kernel.backward([grad], [True] * 3 + [False] * 2, saved, q, k, v, SCALE, lengths)
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(reference.attention(*leaves, SCALE, lengths), leaves, grad.to(dtype))
+
+    assert_accurate(found[:3], gradients(torch.float16), gradients(torch.float64), "gradients")
+
+
+def _heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("x", "scale", "reason"),
+    [
+        (_heads(2, 5, 3, 72), 1.0, None),
+        (_heads(2, 5, 3, 3, 72).unbind(2)[1], 1.0, None),
+        (_heads(1, 5, 3, 72), 1.0, None),
+        (_heads(2, 5, 3, 72, dtype=torch.float32), 1.0, "bfloat16 or float16, got torch.float32"),
+        (_heads(2, 5, 3, 80), 1.0, "heads of 64, 72, 96, 128 elements, got 80"),
+        (_heads(2, 5, 3, 72), 0.0, "scale, which must be positive"),
+        (_heads(2, 0, 3, 72), 1.0, "no queries or no keys"),
+        (_heads(2, 5, 3, 144)[..., ::2], 1.0, "heads must be dense"),
+        (_heads(2, 5, 3, 76)[..., 4:], 1.0, "begin at multiples of 16 bytes"),
+        (_heads(2, 5, 3, 76)[..., :72], 1.0, "strides must be multiples of 8 elements"),
+        (_heads(1, 5, 3, 72).expand(2, 5, 3, 72), 1.0, "strides must be multiples of 8 elements"),
+        (_heads(2, 5, 3, 72).to("meta"), 1.0, None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_it_says_what_it_can_not_serve(x: Tensor, scale: float, reason: str | None):
+    with mock.patch.object(_extension, "_why_not_here", return_value=None):
+        found = backends.why_not("attention", "cuda", x, x, x, scale, None)
+    if _triton.why_not_installed() is not None:
+        reason = reason or _triton.why_not_installed()
+    assert (found is None) if reason is None else reason in found
+
+
+def test_it_runs_only_for_who_asks_until_a_gpu_has_timed_it():
+    x = _heads(1, 300, 2, 72)
+    assert backends.implementation("attention", "cuda").why_slower(x, x, x, 1.0, None) == _extension.NOT_MEASURED
