@@ -43,6 +43,7 @@ class Replay:
 
     num_programs = 1
     consumers_first = False
+    copies_at_once = False
 
     def __init__(self, library: Path) -> None:
         self._run = ctypes.CDLL(str(library)).attention_replay
@@ -58,14 +59,14 @@ class Replay:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        numbers = [*q.shape, *k.shape[:3], *q.stride(), *k.stride(), *v.stride()]
+        numbers = (*q.shape, *k.shape[:3], *q.stride(), *k.stride(), *v.stride())
         sizes = (ctypes.c_int64 * len(numbers))(*numbers)
-        strides = ctypes.byref(sizes, 8 * ctypes.sizeof(ctypes.c_int64))
-        pointers = [ctypes.c_void_p(x.data_ptr() if x is not None else None) for x in (q, k, v, lengths, ends, out, lse)]
-        scale_log2 = ctypes.c_float(scale * math.log2(math.e))
-        is_bfloat16 = int(q.dtype is torch.bfloat16)
         ended = self._run(
-            *pointers, sizes, strides, scale_log2, is_bfloat16, self.num_programs, int(self.consumers_first)
+            *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (q, k, v, lengths, ends, out, lse)),
+            sizes,
+            ctypes.byref(sizes, 8 * ctypes.sizeof(ctypes.c_int64)),
+            ctypes.c_float(scale * math.log2(math.e)),
+            *map(int, (q.dtype is torch.bfloat16, self.num_programs, self.consumers_first, self.copies_at_once)),
         )
         assert ended == 0, "the kernel would hang" if ended == 1 else f"there are no heads of {q.shape[-1]}"
 
@@ -87,7 +88,7 @@ def replay_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repla
 @pytest.fixture
 def replay(replay_of_module: Replay) -> Iterator[Replay]:
     yield replay_of_module
-    replay_of_module.num_programs, replay_of_module.consumers_first = Replay.num_programs, Replay.consumers_first
+    vars(replay_of_module).update(num_programs=1, consumers_first=False, copies_at_once=False)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None) -> list[Tensor]:
@@ -119,13 +120,16 @@ def test_replay_of_a_packed_projection_is_as_accurate_as_pytorch(replay: Replay,
     assert_right(*qkv.unbind(2))
 
 
+@pytest.mark.parametrize("copies_at_once", [False, True])
 @pytest.mark.parametrize("consumers_first", [False, True])
 @pytest.mark.parametrize("num_programs", [1, 3])
-def test_order_of_roles_and_number_of_programs_change_nothing(replay: Replay, num_programs: int, consumers_first: bool):
+def test_no_order_of_roles_and_copies_changes_the_replay(
+    replay: Replay, num_programs: int, consumers_first: bool, copies_at_once: bool
+):
     q, k, v = (Numbers(seed, torch.bfloat16)(3, length, 1, 72) for seed, length in enumerate((200, 700, 700)))
     key_lengths = torch.tensor([700, 0, 513])
     want = forward(q, k, v, key_lengths)
-    replay.num_programs, replay.consumers_first = num_programs, consumers_first
+    replay.num_programs, replay.consumers_first, replay.copies_at_once = num_programs, consumers_first, copies_at_once
     out, lse_BNL = assert_right(q, k, v, key_lengths)
     assert torch.equal(out, want[0])
     assert torch.equal(lse_BNL, want[1])

@@ -1,8 +1,9 @@
 // attention_sm90a.cuh on the host: the same loops over the same maps, with TMA, barriers, wgmma and registers by
-// hopper_model.h. Copies land as late as they may, and products read shared memory when they are waited for, so that a
-// stage that is left too early gives wrong results and a phase that never ends is found. Loaded by the tests of
-// attention.
+// hopper_model.h. Products read shared memory when they are waited for, and copies land as early or as late as they
+// may, so that a stage that is left or taken too early gives wrong results, and a phase that never ends is found.
+// Loaded by the tests of attention.
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -30,6 +31,11 @@ struct Problem {
   float scale_log2;
   bool is_bfloat16;
   int num_programs;
+};
+
+// Which role goes on where several can, and whether a copy lands a step after it began or when no role can go on.
+struct Schedule {
+  bool consumers_first, copies_at_once;
 };
 
 template <int kHeadSize>
@@ -315,28 +321,23 @@ struct Program {
     }
   }
 
-  // Runs all roles to their ends, the first of those that can go on by an order that turns with every step; a copy
-  // lands only when no role can. False where none can go on, or a barrier was misused.
-  bool run(bool consumers_first) {
+  // Runs all roles to their ends, always the first of those that can go on. False where none can, or where a barrier
+  // was misused.
+  bool run(Schedule schedule) {
     std::vector<Role> roles = {produce()};
     for (int warpgroup = 0; warpgroup < T::kNumConsumers; ++warpgroup) {
-      roles.insert(consumers_first ? roles.begin() : roles.end(), consume(warpgroup * kProductRows));
+      roles.insert(schedule.consumers_first ? roles.begin() : roles.end(), consume(warpgroup * kProductRows));
     }
     bool is_alive = true;
     while (is_alive) {
-      is_alive = false;
-      for (Role& role : roles) {
-        if (role.can_go_on()) {
-          role.handle.resume();
-          is_alive = true;
-          break;
-        }
+      const auto role = std::find_if(roles.begin(), roles.end(), [](const Role& each) { return each.can_go_on(); });
+      is_alive = role != roles.end() || !copies.empty();
+      if (role != roles.end()) {
+        role->handle.resume();
       }
-      if (!is_alive && !copies.empty()) {
-        // the last one first: copies finish in any order
-        copies.back()();
+      if (!copies.empty() && (schedule.copies_at_once || role == roles.end())) {
+        copies.back()();  // the last one first: they finish in any order
         copies.pop_back();
-        is_alive = true;
       }
     }
     bool is_done = true;
@@ -352,12 +353,12 @@ struct Program {
 };
 
 template <int kHeadSize>
-bool replay(Problem problem, int64_t num_samples, bool consumers_first) {
+bool replay(Problem problem, int64_t num_samples, Schedule schedule) {
   constexpr int kBlockQueries = Tile<kHeadSize>::kBlockQueries;
   problem.num_blocks = (problem.num_queries + kBlockQueries - 1) / kBlockQueries;
   problem.num_tiles = static_cast<int>(num_samples) * problem.num_heads * problem.num_blocks;
   for (int index = 0; index < problem.num_programs; ++index) {
-    if (!Program<kHeadSize>(problem, index).run(consumers_first)) {
+    if (!Program<kHeadSize>(problem, index).run(schedule)) {
       return false;
     }
   }
@@ -371,7 +372,7 @@ bool replay(Problem problem, int64_t num_samples, bool consumers_first) {
 extern "C" int attention_replay(const uint16_t* q, const uint16_t* k, const uint16_t* v, const int64_t* lengths,
                                 const int64_t* ends, uint16_t* out, float* lse, const int64_t* sizes,
                                 const int64_t* strides, float scale_log2, int is_bfloat16, int num_programs,
-                                int consumers_first) {
+                                int consumers_first, int copies_at_once) {
   // O, P, L, N, D -> D, L, N, P, O
   const auto map_of = [&](const uint16_t* data, int64_t o, int64_t p, int64_t length, const int64_t* s) {
     return model::TensorMap{data, {sizes[4], length, sizes[3], p, o}, {s[4], s[2], s[3], s[1], s[0]}, 0, 0};
@@ -392,15 +393,16 @@ extern "C" int attention_replay(const uint16_t* q, const uint16_t* k, const uint
   problem.is_bfloat16 = is_bfloat16 != 0;
   problem.num_programs = num_programs;
   const int64_t num_samples = sizes[0] * sizes[1];
+  const Schedule schedule = {consumers_first != 0, copies_at_once != 0};
   switch (sizes[4]) {
     case 64:
-      return !replay<64>(problem, num_samples, consumers_first);
+      return !replay<64>(problem, num_samples, schedule);
     case 72:
-      return !replay<72>(problem, num_samples, consumers_first);
+      return !replay<72>(problem, num_samples, schedule);
     case 96:
-      return !replay<96>(problem, num_samples, consumers_first);
+      return !replay<96>(problem, num_samples, schedule);
     case 128:
-      return !replay<128>(problem, num_samples, consumers_first);
+      return !replay<128>(problem, num_samples, schedule);
     default:
       return 2;
   }
