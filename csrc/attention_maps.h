@@ -41,7 +41,8 @@ struct Tile {
   static constexpr int kTailBytes = kTailColumns * 2;
   static constexpr int kNumValuePieces = (kHeadSize + kWideColumns - 1) / kWideColumns;
 
-  // Three warpgroups share a block of keys where their sums fit into 160 registers: half as many bytes per product.
+  // Three warpgroups, where 160 registers of a thread are enough (D = 72 takes 155, D = 96 would take 173), share a
+  // block of keys: two thirds of the bytes for a product that two would copy.
   static constexpr int kNumConsumers = kHeadSize <= 72 ? 3 : 2;
   static constexpr int kConsumerRegisters = kNumConsumers == 3 ? 160 : 240;
   static constexpr int kProducerRegisters = kNumConsumers == 3 ? 32 : 24;

@@ -1,4 +1,4 @@
-"""Attention's Hopper kernel on a machine without a GPU: its index maps, and its loops replayed on the host."""
+"""Attention's Hopper kernel: its index maps and a replay of its loops on the host, and on Hopper the kernel itself."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from opensora_kernels import _extension, _triton, backends
+from opensora_kernels import _extension, _triton, attention, backends, use
 from opensora_kernels.ops.attention import reference
 from tests.ops.accuracy import assert_accurate
-from tests.ops.properties import Numbers, interpreted
+from tests.ops.properties import Numbers
 
 SOURCES = Path(__file__).parents[1] / "csrc/tests"
 HEAD_SIZES = (64, 72, 96, 128)
@@ -91,10 +90,27 @@ def replay(replay_of_module: Replay) -> Iterator[Replay]:
     vars(replay_of_module).update(num_programs=1, consumers_first=False, copies_at_once=False)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the replay runs, or the kernel."""
+    if request.param == "cpu":
+        request.getfixturevalue("replay")
+    else:
+        x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda")
+        if (reason := backends.why_not("attention", "cuda", x, x, x, SCALE, None)) is not None:
+            pytest.skip(reason)
+    return request.param
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None) -> list[Tensor]:
     from opensora_kernels.ops.attention import cuda_kernel
 
     return cuda_kernel.forward(q, k, v, SCALE, key_lengths)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "_why_not_here", lambda library, values: None)
 
 
 def assert_right(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -114,9 +130,9 @@ def assert_right(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-def test_replay_of_a_packed_projection_is_as_accurate_as_pytorch(replay: Replay, head_size: int, dtype: torch.dtype):
+def test_a_packed_projection_is_as_accurate_as_with_pytorch(device: str, head_size: int, dtype: torch.dtype):
     # two blocks of queries and three of keys, the last ones of each partly beyond the end
-    qkv = Numbers(head_size, dtype)(2, 261, 3, 2, head_size)
+    qkv = Numbers(head_size, dtype)(2, 261, 3, 2, head_size).to(device)
     assert_right(*qkv.unbind(2))
 
 
@@ -136,41 +152,50 @@ def test_no_order_of_roles_and_copies_changes_the_replay(
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_replay_of_padded_keys_gives_zeros_without_any(replay: Replay, dtype: torch.dtype):
-    q, k, v = (Numbers(seed, torch.bfloat16)(4, length, 2, 72) for seed, length in enumerate((70, 150, 150)))
+def test_padded_samples_without_keys_give_zeros(device: str, dtype: torch.dtype):
+    numbers = Numbers(0, torch.bfloat16)
+    q, k, v = (numbers(4, length, 2, 72).to(device) for length in (70, 150, 150))
     out, lse_BNL = assert_right(q, k, v, torch.tensor([0, 150, 1, 128], dtype=dtype))
     assert not out[0].any()
     assert torch.equal(lse_BNL[0], torch.full_like(lse_BNL[0], math.inf))
 
 
-def test_replay_of_packed_keys(replay: Replay):
+def test_packed_keys_are_each_samples_own(device: str):
     numbers = Numbers(0, torch.bfloat16)
     # the last seven rows are of no sample
-    q, k, v = numbers(3, 50, 2, 72), numbers(142, 2, 72), numbers(142, 2, 72)
+    q, k, v = (numbers(*leading, 2, 72).to(device) for leading in ((3, 50), (142,), (142,)))
     assert_right(q, k, v, torch.tensor([130, 0, 5]))
 
 
-def test_replay_of_tokens_over_time(replay: Replay):
-    # (B, T, S, 3, N, D) with time and space swapped, and a head of five that ends before the next begins
-    qkv = Numbers(0, torch.bfloat16)(2, 131, 2, 3, 1, 80)[..., :72]
-    assert_right(*(x.transpose(1, 2) for x in qkv.unbind(3)))
+def test_tokens_over_time_are_read_where_they_lie(device: str):
+    # (B, T, S, 3, N, D) with time and space swapped, and heads that end before the next begin
+    qkv = Numbers(0, torch.bfloat16)(2, 131, 2, 3, 1, 80).to(device)
+    assert_right(*(x.transpose(1, 2) for x in qkv[..., :72].unbind(3)))
+    assert_right(*(x.transpose(1, 2) for x in qkv[..., 4:76].unbind(3)))  # 8 bytes beyond a multiple of 16
 
 
-@interpreted
-def test_its_log_sum_exp_serves_the_backward_pass_of_triton(replay: Replay):
-    from opensora_kernels.ops.attention import cuda_kernel
-
+def test_the_backward_pass_of_triton_takes_its_log_sum_exp(device: str, as_on_a_gpu: None):
+    if device == "cpu" and not _triton.is_interpreted():
+        pytest.skip("interprets Triton kernels, with TRITON_INTERPRET=1")
     numbers = Numbers(0, torch.float16)
-    q, k, v = numbers(3, 20, 1, 72), numbers(31, 1, 72), numbers(31, 1, 72)
-    lengths, grad = torch.tensor([17, 0, 9]), numbers(3, 20, 1, 72)
-    saved = cuda_kernel.forward(q, k, v, SCALE, lengths)
-    found = cuda_kernel.backward([grad], [True] * 3 + [False] * 2, saved, q, k, v, SCALE, lengths)
+    q, k, v, grad = (numbers(*leading, 1, 72).to(device) for leading in ((3, 20), (31,), (31,), (3, 20)))
+    lengths = torch.tensor([17, 0, 9])
+    with use(attention="cuda"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        found = torch.autograd.grad(attention(*leaves, scale=SCALE, key_lengths=lengths), leaves, grad)
 
     def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(reference.attention(*leaves, SCALE, lengths), leaves, grad.to(dtype))
 
-    assert_accurate(found[:3], gradients(torch.float16), gradients(torch.float64), "gradients")
+    assert_accurate(found, gradients(torch.float16), gradients(torch.float64), "gradients")
+
+
+def test_it_is_one_operator_of_a_compiled_graph(device: str, as_on_a_gpu: None):
+    q, k, v = (x.to(device) for x in Numbers(0, torch.bfloat16)(1, 10, 3, 2, 64).unbind(2))
+    with use(attention="cuda"):
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(q, k, v, scale=SCALE), forward(q, k, v)[0])
 
 
 def _heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -187,17 +212,15 @@ def _heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         (_heads(2, 5, 3, 80), 1.0, "heads of 64, 72, 96, 128 elements, got 80"),
         (_heads(2, 5, 3, 72), 0.0, "scale, which must be positive"),
         (_heads(2, 0, 3, 72), 1.0, "no queries or no keys"),
-        (_heads(2, 5, 3, 144)[..., ::2], 1.0, "heads must be dense"),
-        (_heads(2, 5, 3, 76)[..., 4:], 1.0, "begin at multiples of 16 bytes"),
+        (_heads(2, 5, 3, 144)[..., ::2], 1.0, "strides must be multiples of 8 elements and the last one 1"),
         (_heads(2, 5, 3, 76)[..., :72], 1.0, "strides must be multiples of 8 elements"),
         (_heads(1, 5, 3, 72).expand(2, 5, 3, 72), 1.0, "strides must be multiples of 8 elements"),
         (_heads(2, 5, 3, 72).to("meta"), 1.0, None),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_it_says_what_it_can_not_serve(x: Tensor, scale: float, reason: str | None):
-    with mock.patch.object(_extension, "_why_not_here", return_value=None):
-        found = backends.why_not("attention", "cuda", x, x, x, scale, None)
+def test_it_says_what_it_can_not_serve(x: Tensor, scale: float, reason: str | None, as_on_a_gpu: None):
+    found = backends.why_not("attention", "cuda", x, x, x, scale, None)
     if _triton.why_not_installed() is not None:
         reason = reason or _triton.why_not_installed()
     assert (found is None) if reason is None else reason in found

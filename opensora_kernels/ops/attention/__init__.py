@@ -32,8 +32,8 @@ def attention(
     key_lengths: whole numbers (*), on q's device or the host: how many keys each sample has. Padded keys beyond them,
     and packed rows after their sum, are not attended to but must be finite. A sample with zero keys gives zeros.
     Packed keys need key_lengths, which are read on the host unless the call is being compiled.
-    Numbers: the reference rounds q*scale, the scores and the weights to q's dtype and takes the softmax in fp32; the
-    library's fused kernels keep scores in fp32 and are closer to the truth.
+    Numbers: the reference rounds q*scale, the scores and the weights to q's dtype and takes the softmax in fp32; fused
+    kernels keep scores in fp32, round the weights alone and are closer to the truth.
     Errors: TypeError for dtypes that are not floating-point or differ, or lengths that are not whole numbers;
     ValueError for shapes or devices that do not fit, and packed keys without key_lengths.
     Source: Open-Sora v1.2.0, opensora/models/layers/blocks.py, Attention (eager) and MultiHeadCrossAttention.
@@ -81,11 +81,9 @@ def _why_no_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Ten
     if q.numel() == 0 or k.numel() == 0:
         return "there is nothing to copy for no queries or no keys"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1 or x.storage_offset() % 8:
-            return f"heads must be dense and begin at multiples of 16 bytes for TMA, which those of {name} do not"
-        strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-        if any(stride <= 0 or stride % 8 for stride in strides[:-1]):
-            return f"strides must be multiples of 8 elements for TMA, got {x.stride()} for {name}"
+        strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+        if x.stride(-1) != 1 or any(stride <= 0 or stride % 8 for stride in strides):
+            return f"strides must be multiples of 8 elements and the last one 1 for TMA, got {x.stride()} for {name}"
     if (reason := _triton.why_not_installed()) is not None:
         return f"its backward pass is Triton's, and {reason}"
     if q.is_cuda and (capability := _extension.compute_capability(q.device.index)) != (9, 0):
