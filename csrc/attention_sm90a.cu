@@ -14,6 +14,7 @@
 #include <optional>
 
 #include "attention_sm90a.cuh"
+#include "shared_memory.h"
 #include "tensor_map.h"
 
 namespace opensora::attention {
@@ -73,10 +74,9 @@ void launch(const Tensor& q, const Tensor& k, const Tensor& v, Arguments argumen
   STD_TORCH_CHECK(num_tiles <= INT32_MAX - num_multiprocessors, "attention: q must have fewer tiles of queries than ",
                   INT32_MAX, ", got ", num_tiles);
   arguments.num_tiles = static_cast<int>(num_tiles);
-  const auto kernel = attention_forward_kernel<kHeadSize, Element>;
-  STD_TORCH_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes) == cudaSuccess,
-      "attention: the device must give ", T::kSharedBytes, " bytes of shared memory, as Hopper's do");
+  constexpr auto kernel = attention_forward_kernel<kHeadSize, Element>;
+  STD_TORCH_CHECK((allow_shared_memory<kernel, T::kSharedBytes>() == cudaSuccess), "attention: the device must give ",
+                  T::kSharedBytes, " bytes of shared memory, as Hopper's do");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   // each program takes tile after tile, so that it copies the next one's while it ends the last one

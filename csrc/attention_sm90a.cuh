@@ -18,6 +18,7 @@
 #include "hopper.h"
 
 namespace opensora::attention {
+namespace {  // so that symbols name the file that instantiates them
 
 struct Maps {
   CUtensorMap queries, query_tails, keys, key_tails, values;
@@ -315,4 +316,5 @@ __global__ void __launch_bounds__(Tile<kHeadSize>::kNumThreads, 1)
   }
 }
 
+}  // namespace
 }  // namespace opensora::attention
