@@ -29,8 +29,9 @@ inline constexpr int kWideBytes = 128;
 // Values are the right-hand operand with rows of keys, "MN-major", so N = D columns side by side. They are wide pieces
 // alone, D = 72 as 64 + 64, of which 56 are zeros: then one product of N = 72 takes them all. A tail of its own would
 // need a second product of N = 8 or 16, and products narrower than 64 columns wait for their left-hand operand; no
-// swizzle would allow N = 72 too, but asks TMA for 9 boxes with rows of 16 bytes. N = 72 ends within a piece, which no
-// published kernel does; if a GPU disagrees, N = 128 over the same tile is the same sum with zeros.
+// swizzle would allow N = 72 too, but asks TMA for 9 boxes with rows of 16 bytes. N = 72 and 96 end within a piece:
+// wgmma reads eight columns of eight keys at a time, so that the rest of the piece is passed over. If a GPU disagrees,
+// N = 128 over the same tile is the same sum with zeros.
 template <int kHeadSize>
 struct Tile {
   static_assert(kHeadSize == 64 || kHeadSize == 72 || kHeadSize == 96 || kHeadSize == 128);
