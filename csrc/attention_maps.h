@@ -66,8 +66,6 @@ struct Tile {
   static_assert(kQueryBytes % 1024 == 0 && kKeyBytes % 1024 == 0 && kValueBytes % 1024 == 0);
 };
 
-// ---- barriers ----
-
 enum class Barrier { kQueriesFull, kQueriesEmpty, kKeysFull, kKeysEmpty, kValuesFull, kValuesEmpty };
 
 // From the first barrier; stages count for keys and values.
@@ -89,8 +87,6 @@ struct Ring {
     }
   }
 };
-
-// ---- which queries and keys ----
 
 struct Place {
   int64_t sample;
@@ -126,8 +122,6 @@ OPENSORA_HOST_DEVICE constexpr int num_key_blocks(int length) {
 OPENSORA_HOST_DEVICE constexpr int keys_left(int length, int block) {
   return length - block * kBlockKeys;
 }
-
-// ---- shared memory ----
 
 // The part of a tile of queries or keys that holds 16 columns: where its rows begin, and how wide they are.
 struct Step {
@@ -178,8 +172,6 @@ OPENSORA_HOST_DEVICE constexpr uint64_t value_descriptor(uint32_t values, int st
                     8 * kWideBytes, kWideBytes);
 }
 
-// ---- registers ----
-
 // Element (row, column) of a product that register `index` of a warpgroup's thread holds.
 OPENSORA_HOST_DEVICE constexpr int sum_row(int thread, int index) {
   return thread / 32 * 16 + thread % 32 / 4 + index / 2 % 2 * 8;
@@ -194,8 +186,6 @@ OPENSORA_HOST_DEVICE constexpr int sum_column(int thread, int index) {
 OPENSORA_HOST_DEVICE constexpr int first_score(int index) {
   return 2 * index;
 }
-
-// ---- results ----
 
 // Of out (B, L, N, D) and of the log-sum-exp (B, N, L).
 OPENSORA_HOST_DEVICE constexpr int64_t out_offset(const Place& at, int query, int num_queries, int num_heads,
