@@ -45,8 +45,8 @@ struct Tile {
   // Three warpgroups, where 160 registers of a thread are enough (D = 72 takes 155, D = 96 would take 173), share a
   // block of keys: two thirds of the bytes for a product that two would copy.
   static constexpr int kNumConsumers = kHeadSize <= 72 ? 3 : 2;
-  static constexpr int kConsumerRegisters = kNumConsumers == 3 ? 160 : 240;
-  static constexpr int kProducerRegisters = kNumConsumers == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kNumConsumers == 3 ? 160 : 232;
+  static constexpr int kProducerRegisters = 32;
   static constexpr int kNumThreads = 128 * (1 + kNumConsumers);
   static constexpr int kBlockQueries = kProductRows * kNumConsumers;
   static constexpr int kNumStages = 3;
