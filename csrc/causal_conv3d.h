@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "causal_conv3d_shape.h"
+
 namespace opensora {
 
 // (B, T, H, W, C) with dense frames: W * C elements from row to row, C from column to column. Strides in elements,
@@ -21,18 +23,6 @@ struct Clip {
   int num_frames;
   int64_t sample_stride;
   int64_t frame_stride;
-};
-
-// The shape of a convolution, forward or backward. C and O are multiples of 8.
-struct ConvolutionShape {
-  int num_samples;
-  int num_channels;
-  int num_out;
-  int height, width;  // of x and of the state
-  int out_frames, out_height, out_width;
-  int kernel[3], dilation[3], start[3];
-  bool replicates_front;
-  bool is_bfloat16;  // else float16; sums are float32
 };
 
 struct ConvolutionForward {
