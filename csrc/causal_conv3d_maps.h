@@ -43,6 +43,11 @@ struct Tile {
   static_assert(kBytes + 1024 <= kMostSharedBytes, "with what aligns the first slot");
 };
 
+OPENSORA_HOST_DEVICE constexpr int tile_height(int tile_channels) {
+  return tile_channels <= 128 ? Tile<128>::kHeight : Tile<192>::kHeight;
+}
+static_assert(tile_height(64) == Tile<64>::kHeight && tile_height(96) == Tile<96>::kHeight);
+
 // What one launch works through.
 struct Schedule {
   ConvolutionShape shape;
@@ -232,6 +237,11 @@ OPENSORA_HOST_DEVICE constexpr int64_t result_offset(const ConvolutionShape& sha
 OPENSORA_HOST_DEVICE constexpr int64_t partial_offset(const Schedule& schedule, const TilePosition& at, int channel) {
   const int64_t plane = static_cast<int64_t>(at.sample) * schedule.shape.out_frames + at.frame;
   return ((plane * schedule.tiles_h * schedule.tiles_w + at.rectangle) * schedule.shape.num_out + channel) * 2;
+}
+
+OPENSORA_HOST_DEVICE constexpr int64_t num_partials(const Schedule& schedule) {
+  return static_cast<int64_t>(schedule.shape.num_samples) * schedule.shape.out_frames * schedule.tiles_h *
+         schedule.tiles_w * schedule.shape.num_out * 2;
 }
 
 // Positions inside the frame of those that a warp (0 to 7) holds: one row of the tile for each of its blocks.
