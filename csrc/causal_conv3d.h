@@ -1,8 +1,9 @@
-// What the kernels of causal_conv3d take, and how they are launched. Stride 1, one group, channels last.
+// What the kernels of causal_conv3d take, and how they are launched. One group, channels last.
 //
 // Axes: B samples, T frames, H rows, W columns, C input and O output channels, S frames of the state, K taps (the
 // kernel's frames, then its rows, then its columns). Output (b, t, h, w) is the sum over taps (i, j, k) of the input's
-// frame t + start[0] + i * dilation[0], row h + start[1] + j * dilation[1], column w + start[2] + k * dilation[2].
+// frame t * step[0] + start[0] + i * dilation[0], row h * step[1] + start[1] + j * dilation[1], column w * step[2] +
+// start[2] + k * dilation[2]. The sm_90a kernel takes step 1 and zeros around a frame only.
 // Frames count from the state's first if there is a state, else from x's first. What lies outside is zero; with
 // `replicates_front`, and no state, frames before x's first are that frame.
 // The gradient of the input is the same convolution of the result's gradient with flipped, transposed taps.
@@ -41,9 +42,10 @@ struct ConvolutionWeightGradient {
   ConvolutionShape shape;
   Clip x;
   Clip state;
-  const void* grad;    // (B, T', H', W', O)
-  float* grad_weight;  // (K, O, C)
-  float* workspace;    // as above
+  const void* grad;            // (B, T', H', W', O)
+  float* grad_weight;          // (K, O, C)
+  float* workspace;            // as above
+  float* grad_bias = nullptr;  // (O,) or null
 };
 
 // Each returns cudaSuccess or the first error. Nothing waits for the device.

@@ -9,7 +9,6 @@
 #include <cstdint>
 
 #include "causal_conv3d_maps.h"
-#include "hopper.h"
 #include "moments.h"
 
 namespace opensora::conv90 {
@@ -166,11 +165,16 @@ __device__ void write_tile(const Schedule& schedule, const Results& results, con
   }
 }
 
+// Barrier 0 is __syncthreads, which the producer would have to join.
+__device__ __forceinline__ void meet_consumers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(128 * kNumConsumers) : "memory");
+}
+
 // The moments of the tile's eight warps, merged in their order: one thread for each channel.
 template <int N>
 __device__ void write_moments(const Schedule& schedule, const Results& results, const TilePosition& at,
                               const float* shared_moments) {
-  hopper::meet(1, 128 * kNumConsumers);
+  meet_consumers();
   const int channel = threadIdx.x - 128;
   if (channel < N && at.channel + channel < schedule.shape.num_out) {
     Moments all{0.0f, 0.0f, 0.0f};
@@ -182,7 +186,7 @@ __device__ void write_moments(const Schedule& schedule, const Results& results, 
     float2* partial = reinterpret_cast<float2*>(results.partials + partial_offset(schedule, at, at.channel + channel));
     *partial = {all.mean, all.squares};
   }
-  hopper::meet(1, 128 * kNumConsumers);  // before the next tile's moments take the place of these
+  meet_consumers();  // before the next tile's moments take the place of these
 }
 
 }  // namespace opensora::conv90

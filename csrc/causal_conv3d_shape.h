@@ -15,6 +15,8 @@ struct ConvolutionShape {
   int kernel[3], dilation[3], start[3];
   bool replicates_front;
   bool is_bfloat16;  // else float16; sums are float32
+  int step[3] = {1, 1, 1};
+  int space_padding = 0;  // rows and columns outside are 0 zeros, 1 the border, 2 its reflection
 };
 
 enum class FrameSource { kNothing, kState, kClip };
@@ -24,8 +26,8 @@ struct InputFrame {
   int frame;  // of the state or of the clip
 };
 
-// What tap `tap` in time reads for a frame of the result. Frames behind the clip are nothing, too: the gradient of the
-// input reads them.
+// What tap `tap` in time reads for a frame of the result, at step 1. Frames behind the clip are nothing, too: the
+// gradient of the input reads them.
 OPENSORA_HOST_DEVICE constexpr InputFrame input_frame(const ConvolutionShape& shape, int num_state, int num_frames,
                                                       int out_frame, int tap) {
   int frame = out_frame + shape.start[0] + tap * shape.dilation[0];

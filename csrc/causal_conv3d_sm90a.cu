@@ -77,16 +77,16 @@ __device__ void load_tiles(const Arguments& arguments, const Slots<N>& slots) {
       for (int j = 0; j < shape.kernel[1]; j += schedule.row_taps) {
         for (int k = 0; k < shape.kernel[2]; ++k) {
           for (int chunk = 0; chunk < schedule.num_chunks; ++chunk) {
-            hopper::wait(slots.clip_empty(clip.slot), clip.phase ^ 1);
-            hopper::arrive_expecting(slots.clip_full(clip.slot), clip_bytes);
-            hopper::load_box(slots.clip(clip.slot), map, slots.clip_full(clip.slot), chunk * kChunk,
+            hopper::barrier_wait(slots.clip_empty(clip.slot), clip.phase ^ 1);
+            hopper::barrier_arrive_expecting(slots.clip_full(clip.slot), clip_bytes);
+            hopper::copy_box(slots.clip(clip.slot), map, slots.clip_full(clip.slot), chunk * kChunk,
                              box_column(schedule, at, k), box_row(schedule, at, j), input.frame, at.sample);
             clip = next(clip, kClipSlots);
             for (int row_tap = 0; row_tap < schedule.row_taps; ++row_tap) {
-              hopper::wait(slots.weight_empty(weight.slot), weight.phase ^ 1);
-              hopper::arrive_expecting(slots.weight_full(weight.slot), Tile<N>::kWeightSlotBytes);
-              hopper::load_box(slots.weight(weight.slot), &arguments.weight, slots.weight_full(weight.slot),
-                               chunk * kChunk, at.channel, tap_index(shape, i, j + row_tap, k));
+              hopper::barrier_wait(slots.weight_empty(weight.slot), weight.phase ^ 1);
+              hopper::barrier_arrive_expecting(slots.weight_full(weight.slot), Tile<N>::kWeightSlotBytes);
+              hopper::copy_box(slots.weight(weight.slot), &arguments.weight, slots.weight_full(weight.slot),
+                               chunk * kChunk, at.channel, tap_index(shape, i, j + row_tap, k), 0, 0);
               weight = next(weight, Tile<N>::kWeightSlots);
             }
           }
@@ -100,7 +100,7 @@ __device__ void load_tiles(const Arguments& arguments, const Slots<N>& slots) {
 // since ptxas counts every basic block with products as a batch of its own, and waits for too many.
 template <typename Element, int N, int kSteps>
 __device__ __forceinline__ void multiply_slots(uint32_t clip, uint32_t weight, float (&sums)[Tile<N>::kBlocks][N / 2]) {
-  hopper::begin_products();
+  hopper::products_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -109,7 +109,7 @@ __device__ __forceinline__ void multiply_slots(uint32_t clip, uint32_t weight, f
                        operand_descriptor(weight + weight_operand(step)));
     }
   }
-  hopper::commit_products();
+  hopper::products_commit();
 }
 
 // A consumer warpgroup's sums of one tile. A batch runs while the next one is issued; its slots are given back after
@@ -129,9 +129,9 @@ __device__ void multiply_tile(const Schedule& schedule, int count, int consumer,
   int row_tap = 0, chunk = 0, clip_done = -1, weight_done = -1;
   for (int product = 0; product < count; ++product) {
     if (row_tap == 0) {
-      hopper::wait(slots.clip_full(clip.slot), clip.phase);
+      hopper::barrier_wait(slots.clip_full(clip.slot), clip.phase);
     }
-    hopper::wait(slots.weight_full(weight.slot), weight.phase);
+    hopper::barrier_wait(slots.weight_full(weight.slot), weight.phase);
     const uint32_t left = slots.clip(clip.slot) + clip_operand(consumer * kBlocks, row_tap, 0);
     const uint32_t right = slots.weight(weight.slot);
     switch (num_steps(schedule, chunk)) {
@@ -147,12 +147,12 @@ __device__ void multiply_tile(const Schedule& schedule, int count, int consumer,
       default:
         multiply_slots<Element, N, 1>(left, right, sums);
     }
-    hopper::wait_products<1>();
+    hopper::products_wait<1>();
     if (signals && weight_done >= 0) {
-      hopper::arrive(slots.weight_empty(weight_done));
+      hopper::barrier_arrive(slots.weight_empty(weight_done));
     }
     if (signals && clip_done >= 0) {
-      hopper::arrive(slots.clip_empty(clip_done));
+      hopper::barrier_arrive(slots.clip_empty(clip_done));
     }
     weight_done = weight.slot;
     weight = next(weight, Tile<N>::kWeightSlots);
@@ -164,10 +164,10 @@ __device__ void multiply_tile(const Schedule& schedule, int count, int consumer,
       chunk = chunk + 1 == schedule.num_chunks ? 0 : chunk + 1;
     }
   }
-  hopper::wait_products<0>();
+  hopper::products_wait<0>();
   if (signals && count > 0) {
-    hopper::arrive(slots.weight_empty(weight_done));
-    hopper::arrive(slots.clip_empty(clip_done));
+    hopper::barrier_arrive(slots.weight_empty(weight_done));
+    hopper::barrier_arrive(slots.clip_empty(clip_done));
   }
 }
 
@@ -181,20 +181,20 @@ __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_c
     hopper::prefetch_map(&arguments.state);
     hopper::prefetch_map(&arguments.weight);
     for (int slot = 0; slot < kClipSlots; ++slot) {
-      hopper::initialize_barrier(slots.clip_full(slot), 1);
-      hopper::initialize_barrier(slots.clip_empty(slot), kNumWarps);
+      hopper::barrier_init(slots.clip_full(slot), 1);
+      hopper::barrier_init(slots.clip_empty(slot), kNumWarps);
     }
     for (int slot = 0; slot < Tile<N>::kWeightSlots; ++slot) {
-      hopper::initialize_barrier(slots.weight_full(slot), 1);
-      hopper::initialize_barrier(slots.weight_empty(slot), kNumWarps);
+      hopper::barrier_init(slots.weight_full(slot), 1);
+      hopper::barrier_init(slots.weight_empty(slot), kNumWarps);
     }
-    hopper::publish_barriers();
+    hopper::barrier_init_fence();
   }
   __syncthreads();
   // the same for all of a warp, and the compiler is to know it
   const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
-    hopper::keep_registers<kProducerRegisters>();
+    hopper::give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) {
       load_tiles<N>(arguments, slots);
     }
@@ -216,28 +216,22 @@ __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_c
   }
 }
 
-cudaError_t encode_clip(const ConvolutionShape& shape, const Clip& clip, int num_rows, CUtensorMap* map) {
-  const auto size = [](int64_t number) { return static_cast<cuuint64_t>(number); };
-  return encode_map<5>({clip.data,
-                        shape.is_bfloat16,
-                        {size(shape.num_channels), size(shape.width), size(shape.height), size(clip.num_frames),
-                         size(shape.num_samples)},
-                        {size(shape.num_channels) * 2, size(shape.num_channels) * shape.width * 2,
-                         size(clip.frame_stride) * 2, size(clip.sample_stride) * 2},
-                        {kChunk, kTileWidth, static_cast<cuuint32_t>(num_rows), 1, 1}},
-                       map);
+CUtensorMap clip_map(const Schedule& schedule, const Clip& clip) {
+  const ConvolutionShape& shape = schedule.shape;
+  const int64_t num_channels = shape.num_channels;
+  return tensor_map<5>("causal_conv3d", clip.data, shape.is_bfloat16,
+                       {num_channels, shape.width, shape.height, clip.num_frames, shape.num_samples},
+                       {num_channels, num_channels * shape.width, clip.frame_stride, clip.sample_stride},
+                       {kChunk, kTileWidth, box_rows(schedule), 1, 1}, kRowBytes);
 }
 
-cudaError_t encode_weight(const ConvolutionShape& shape, const void* weight, int num_rows, CUtensorMap* map) {
-  const auto num_taps = static_cast<cuuint64_t>(shape.kernel[0]) * shape.kernel[1] * shape.kernel[2];
-  const auto num_channels = static_cast<cuuint64_t>(shape.num_channels);
-  const auto num_out = static_cast<cuuint64_t>(shape.num_out);
-  return encode_map<3>({weight,
-                        shape.is_bfloat16,
-                        {num_channels, num_out, num_taps},
-                        {num_channels * 2, num_channels * num_out * 2},
-                        {kChunk, static_cast<cuuint32_t>(num_rows), 1}},
-                       map);
+CUtensorMap weight_map(const Schedule& schedule, const void* weight) {
+  const ConvolutionShape& shape = schedule.shape;
+  const int64_t num_channels = shape.num_channels, num_out = shape.num_out;
+  const int64_t num_taps = int64_t{1} * shape.kernel[0] * shape.kernel[1] * shape.kernel[2];
+  return tensor_map<5>("causal_conv3d", weight, shape.is_bfloat16, {num_channels, num_out, num_taps, 1, 1},
+                       {num_channels, num_channels * num_out, 1, 1}, {kChunk, schedule.tile_channels, 1, 1, 1},
+                       kRowBytes);
 }
 
 #define OPENSORA_RETURN_ERROR(call)                           \
@@ -252,11 +246,10 @@ cudaError_t launch(const ConvolutionForward& convolution, const Schedule& schedu
   arguments.schedule = schedule;
   arguments.results = {convolution.bias, convolution.residual, convolution.out,
                        convolution.statistics == nullptr ? nullptr : convolution.workspace};
-  OPENSORA_RETURN_ERROR(encode_clip(shape, convolution.x, box_rows(schedule), &arguments.x));
+  arguments.x = clip_map(schedule, convolution.x);
   // without a state its map is never read; any will do
-  const Clip& state = schedule.num_state > 0 ? convolution.state : convolution.x;
-  OPENSORA_RETURN_ERROR(encode_clip(shape, state, box_rows(schedule), &arguments.state));
-  OPENSORA_RETURN_ERROR(encode_weight(shape, convolution.weight, N, &arguments.weight));
+  arguments.state = schedule.num_state > 0 ? clip_map(schedule, convolution.state) : arguments.x;
+  arguments.weight = weight_map(schedule, convolution.weight);
   int device = 0, num_multiprocessors = 0;
   OPENSORA_RETURN_ERROR(cudaGetDevice(&device));
   OPENSORA_RETURN_ERROR(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));

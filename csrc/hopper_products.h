@@ -8,21 +8,6 @@
 
 namespace opensora::hopper {
 
-// Before the first product of a batch: earlier accesses to the sums come before the tensor cores'.
-__device__ __forceinline__ void begin_products() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void commit_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-// Until at most `kPending` committed batches are unfinished.
-template <int kPending>
-__device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
 // An instruction names each of a thread's N / 2 sums, so that there is one function for each N. After them come the
 // descriptors of both factors, whether to add to the sums (1), the factors' signs, and 0, 0: the sum runs along the
 // rows of both factors in shared memory, so neither is transposed.
@@ -41,10 +26,10 @@ __device__ __forceinline__ void wait_products() {
   OPENSORA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define OPENSORA_NAMES_64 \
   OPENSORA_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define OPENSORA_NAMES_96                                                                       \
-  OPENSORA_NAMES_64                                                                             \
-      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
-      "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define OPENSORA_NAMES_96                                                                   \
+  OPENSORA_NAMES_64                                                                         \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
+  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 #define OPENSORA_MULTIPLY(Element, dtype, n, num_sums, left_name, right_name, adds_name)                          \
   __device__ __forceinline__ void multiply(Element, float (&sums)[num_sums], uint64_t left, uint64_t right) {     \
