@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "causal_conv3d_shape.h"
+#include "moments.h"
 
 namespace opensora {
 
@@ -58,15 +59,7 @@ int64_t causal_conv3d_sm90a_workspace(const ConvolutionForward& convolution);
 int64_t causal_conv3d_sm80_workspace(const ConvolutionForward& convolution);
 int64_t causal_conv3d_weight_gradient_sm80_workspace(const ConvolutionWeightGradient& convolution);
 
-// Statistics of tiles, merged into those of frames in a fixed order. `partials` (B, T', tiles, O, 2): mean and squared
-// deviations of each rectangle of tile_height x tile_width positions (rows of tiles first; cut off at the frame's
-// edge). A kernel whose tiles are runs of positions passes height 1, width H' * W', tile_height 1.
-struct FrameStatistics {
-  const float* partials;
-  float* statistics;  // (B, O, T', 2)
-  int num_samples, num_frames, num_out;
-  int height, width, tile_height, tile_width;
-};
+// In a fixed order of tiles.
 cudaError_t merge_frame_statistics(const FrameStatistics& merge, cudaStream_t stream);
 
 }  // namespace opensora

@@ -2,13 +2,12 @@
 // wgmma leaves in registers. Places are those of causal_conv3d_maps.h.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "causal_conv3d_maps.h"
+#include "half_types.h"
 #include "moments.h"
 
 namespace opensora::conv90 {
@@ -18,31 +17,6 @@ struct Results {
   const void* residual;
   void* out;
   float* partials;  // null unless statistics are wanted
-};
-
-template <typename Element>
-struct Pair;
-
-template <>
-struct Pair<__nv_bfloat16> {
-  static __device__ uint32_t packed(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-  static __device__ float2 unpacked(uint32_t word) {
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
-  }
-};
-
-template <>
-struct Pair<__half> {
-  static __device__ uint32_t packed(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-  static __device__ float2 unpacked(uint32_t word) {
-    return __half22float2(reinterpret_cast<const __half2&>(word));
-  }
 };
 
 __device__ __forceinline__ void exchange(uint32_t (&words)[4], int lane) {
@@ -69,43 +43,52 @@ __device__ __forceinline__ float sum_of_rows(float value) {
   return value;
 }
 
-// What a warp's rows of eight channels have for mean and squared deviations, into shared memory for its block.
-template <typename Element, int kRows>
-__device__ void gather_moments(const uint4 (&written)[kRows], const bool (&counts)[kRows], int num_counted, int lane,
-                               float* moments) {
-  float mean[8] = {}, squares[8] = {};
+template <class Type>
+__device__ __forceinline__ float2 widened_pair(uint32_t word) {
+  return {Type::widened(word), Type::widened(word >> 16)};
+}
+
+template <class Type>
+__device__ __forceinline__ void add_words(const uint4& others, uint32_t (&words)[4]) {
+  const uint32_t added[4] = {others.x, others.y, others.z, others.w};
 #pragma unroll
-  for (int pass = 0; pass < 2; ++pass) {
+  for (int word = 0; word < 4; ++word) {
+    const float2 value = widened_pair<Type>(words[word]), other = widened_pair<Type>(added[word]);
+    words[word] = Type::rounded(value.x + other.x, value.y + other.y);
+  }
+}
+
+// What a warp's rows of eight channels have for mean and squared deviations, into shared memory for its block.
+template <class Type, int kRows>
+__device__ void gather_moments(const uint32_t (&written)[kRows][4], const bool (&counts)[kRows], int num_counted,
+                               int lane, float* moments) {
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    float2 total{0.0f, 0.0f}, squares{0.0f, 0.0f};
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const uint32_t words[4] = {written[row].x, written[row].y, written[row].z, written[row].w};
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        const float2 value = Pair<Element>::unpacked(words[word]);
-        const float low = pass == 0 ? value.x : value.x - mean[2 * word];
-        const float high = pass == 0 ? value.y : value.y - mean[2 * word + 1];
-        squares[2 * word] += counts[row] ? (pass == 0 ? low : low * low) : 0.0f;
-        squares[2 * word + 1] += counts[row] ? (pass == 0 ? high : high * high) : 0.0f;
-      }
+      const float2 value = widened_pair<Type>(written[row][word]);
+      total.x += counts[row] ? value.x : 0.0f;
+      total.y += counts[row] ? value.y : 0.0f;
     }
+    const float num_positions = static_cast<float>(max(num_counted, 1));
+    const float2 mean{sum_of_rows(total.x) / num_positions, sum_of_rows(total.y) / num_positions};
 #pragma unroll
-    for (int channel = 0; channel < 8; ++channel) {
-      const float total = sum_of_rows(squares[channel]);
-      mean[channel] = pass == 0 ? total / max(num_counted, 1) : mean[channel];
-      squares[channel] = pass == 0 ? 0.0f : total;
+    for (int row = 0; row < kRows; ++row) {
+      const float2 value = widened_pair<Type>(written[row][word]);
+      const float2 apart{value.x - mean.x, value.y - mean.y};
+      squares.x += counts[row] ? apart.x * apart.x : 0.0f;
+      squares.y += counts[row] ? apart.y * apart.y : 0.0f;
     }
-  }
-  if (lane < 4) {
-#pragma unroll
-    for (int channel = 0; channel < 8; ++channel) {
-      moments[2 * channel] = mean[channel];
-      moments[2 * channel + 1] = squares[channel];
+    squares = {sum_of_rows(squares.x), sum_of_rows(squares.y)};
+    if (lane < 4) {
+      *reinterpret_cast<float4*>(moments + 4 * word) = {mean.x, squares.x, mean.y, squares.y};
     }
   }
 }
 
 // Bias, rounding, residual, rounding, 16 bytes a thread; and the moments of what was written.
-template <typename Element, int N>
+template <class Type, int N>
 __device__ void write_tile(const Schedule& schedule, const Results& results, const TilePosition& at, int consumer,
                            const float (&sums)[Tile<N>::kBlocks][N / 2], float* shared_moments) {
   constexpr int kBlocks = Tile<N>::kBlocks, kRows = 2 * kBlocks;
@@ -128,39 +111,32 @@ __device__ void write_tile(const Schedule& schedule, const Results& results, con
     for (int word = 0; word < 4; ++word) {
       const int channel = at.channel + fragment_channel(thread, (column_group * 4 + word) * 4);
       const bool has_bias = results.bias != nullptr && channel < shape.num_out;
-      bias[word] = has_bias ? Pair<Element>::unpacked(static_cast<const uint32_t*>(results.bias)[channel / 2])
-                            : float2{0.0f, 0.0f};
+      bias[word] = widened_pair<Type>(has_bias ? static_cast<const uint32_t*>(results.bias)[channel / 2] : 0);
     }
     const int channel = written_channel(thread, column_group);
     const bool is_channel = at.channel + channel < shape.num_out;
-    uint4 written[kRows];
+    uint32_t written[kRows][4];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      uint32_t words[4];
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         const int index = (column_group * 4 + word) * 4 + row % 2 * 2;
-        words[word] =
-            Pair<Element>::packed(sums[row / 2][index] + bias[word].x, sums[row / 2][index + 1] + bias[word].y);
+        written[row][word] =
+            Type::rounded(sums[row / 2][index] + bias[word].x, sums[row / 2][index + 1] + bias[word].y);
       }
-      exchange(words, lane);
-      if (is_row[row] && is_channel && results.residual != nullptr) {
-        const uint4 residual =
-            *reinterpret_cast<const uint4*>(static_cast<const Element*>(results.residual) + offsets[row] + channel);
-        const uint32_t others[4] = {residual.x, residual.y, residual.z, residual.w};
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          const float2 value = Pair<Element>::unpacked(words[word]), other = Pair<Element>::unpacked(others[word]);
-          words[word] = Pair<Element>::packed(value.x + other.x, value.y + other.y);
-        }
+      exchange(written[row], lane);
+      if (!is_row[row] || !is_channel) {
+        continue;
       }
-      written[row] = {words[0], words[1], words[2], words[3]};
-      if (is_row[row] && is_channel) {
-        *reinterpret_cast<uint4*>(static_cast<Element*>(results.out) + offsets[row] + channel) = written[row];
+      if (results.residual != nullptr) {
+        const uint16_t* source = static_cast<const uint16_t*>(results.residual) + offsets[row] + channel;
+        add_words<Type>(*reinterpret_cast<const uint4*>(source), written[row]);
       }
+      uint16_t* target = static_cast<uint16_t*>(results.out) + offsets[row] + channel;
+      *reinterpret_cast<uint4*>(target) = {written[row][0], written[row][1], written[row][2], written[row][3]};
     }
     if (results.partials != nullptr) {
-      gather_moments<Element>(written, is_row, num_counted, lane, shared_moments + (warp * N + channel) * 2);
+      gather_moments<Type>(written, is_row, num_counted, lane, shared_moments + (warp * N + channel) * 2);
     }
   }
 }

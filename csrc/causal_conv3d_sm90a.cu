@@ -98,14 +98,14 @@ __device__ void load_tiles(const Arguments& arguments, const Slots<N>& slots) {
 
 // One batch: a weight slot times the positions of a warpgroup, `kSteps` steps of the sum. Without a branch inside,
 // since ptxas counts every basic block with products as a batch of its own, and waits for too many.
-template <typename Element, int N, int kSteps>
+template <class Type, int N, int kSteps>
 __device__ __forceinline__ void multiply_slots(uint32_t clip, uint32_t weight, float (&sums)[Tile<N>::kBlocks][N / 2]) {
   hopper::products_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int block = 0; block < Tile<N>::kBlocks; ++block) {
-      hopper::multiply(Element(), sums[block], operand_descriptor(clip + clip_operand(block, 0, step)),
+      hopper::multiply(Type(), sums[block], operand_descriptor(clip + clip_operand(block, 0, step)),
                        operand_descriptor(weight + weight_operand(step)));
     }
   }
@@ -114,7 +114,7 @@ __device__ __forceinline__ void multiply_slots(uint32_t clip, uint32_t weight, f
 
 // A consumer warpgroup's sums of one tile. A batch runs while the next one is issued; its slots are given back after
 // that.
-template <typename Element, int N>
+template <class Type, int N>
 __device__ void multiply_tile(const Schedule& schedule, int count, int consumer, const Slots<N>& slots, Ring& clip,
                               Ring& weight, float (&sums)[Tile<N>::kBlocks][N / 2]) {
   constexpr int kBlocks = Tile<N>::kBlocks;
@@ -136,16 +136,16 @@ __device__ void multiply_tile(const Schedule& schedule, int count, int consumer,
     const uint32_t right = slots.weight(weight.slot);
     switch (num_steps(schedule, chunk)) {
       case 4:
-        multiply_slots<Element, N, 4>(left, right, sums);
+        multiply_slots<Type, N, 4>(left, right, sums);
         break;
       case 3:
-        multiply_slots<Element, N, 3>(left, right, sums);
+        multiply_slots<Type, N, 3>(left, right, sums);
         break;
       case 2:
-        multiply_slots<Element, N, 2>(left, right, sums);
+        multiply_slots<Type, N, 2>(left, right, sums);
         break;
       default:
-        multiply_slots<Element, N, 1>(left, right, sums);
+        multiply_slots<Type, N, 1>(left, right, sums);
     }
     hopper::products_wait<1>();
     if (signals && weight_done >= 0) {
@@ -171,7 +171,7 @@ __device__ void multiply_tile(const Schedule& schedule, int count, int consumer,
   }
 }
 
-template <typename Element, int N>
+template <class Type, int N>
 __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_constant__ Arguments arguments) {
   extern __shared__ uint8_t unaligned[];
   uint8_t* shared = unaligned + (1024 - hopper::shared_address(unaligned) % 1024) % 1024;
@@ -208,8 +208,8 @@ __global__ void __launch_bounds__(kThreads, 1) convolution_kernel(const __grid_c
   for (int tile = blockIdx.x; tile < total; tile += gridDim.x) {
     const TilePosition at = tile_position(schedule, tile);
     float sums[Tile<N>::kBlocks][N / 2];
-    multiply_tile<Element, N>(schedule, num_products(schedule, at), warpgroup - 1, slots, clip, weight, sums);
-    write_tile<Element, N>(schedule, arguments.results, at, warpgroup - 1, sums, moments);
+    multiply_tile<Type, N>(schedule, num_products(schedule, at), warpgroup - 1, slots, clip, weight, sums);
+    write_tile<Type, N>(schedule, arguments.results, at, warpgroup - 1, sums, moments);
     if (arguments.results.partials != nullptr) {
       write_moments<N>(schedule, arguments.results, at, moments);
     }
@@ -239,7 +239,7 @@ CUtensorMap weight_map(const Schedule& schedule, const void* weight) {
     return error;                                             \
   }
 
-template <typename Element, int N>
+template <class Type, int N>
 cudaError_t launch(const ConvolutionForward& convolution, const Schedule& schedule, cudaStream_t stream) {
   const ConvolutionShape& shape = convolution.shape;
   Arguments arguments{};
@@ -254,7 +254,7 @@ cudaError_t launch(const ConvolutionForward& convolution, const Schedule& schedu
   OPENSORA_RETURN_ERROR(cudaGetDevice(&device));
   OPENSORA_RETURN_ERROR(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   constexpr int kSharedBytes = Tile<N>::kBytes + 1024;  // the first slot begins at a multiple of 1024
-  const auto kernel = convolution_kernel<Element, N>;
+  const auto kernel = convolution_kernel<Type, N>;
   OPENSORA_RETURN_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles(schedule), num_multiprocessors));
   kernel<<<num_blocks, kThreads, kSharedBytes, stream>>>(arguments);
@@ -271,8 +271,8 @@ cudaError_t launch(const ConvolutionForward& convolution, const Schedule& schedu
 
 template <int N>
 cudaError_t launch_of_type(const ConvolutionForward& convolution, const Schedule& schedule, cudaStream_t stream) {
-  return convolution.shape.is_bfloat16 ? launch<__nv_bfloat16, N>(convolution, schedule, stream)
-                                       : launch<__half, N>(convolution, schedule, stream);
+  return convolution.shape.is_bfloat16 ? launch<BFloat16, N>(convolution, schedule, stream)
+                                       : launch<Float16, N>(convolution, schedule, stream);
 }
 
 Schedule schedule_of(const ConvolutionForward& convolution) {

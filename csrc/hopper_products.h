@@ -1,10 +1,9 @@
 // wgmma: the four warps of a warpgroup multiply 64 rows by N columns from shared memory and add to sums in registers.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+
+#include "half_types.h"
 
 namespace opensora::hopper {
 
@@ -31,8 +30,8 @@ namespace opensora::hopper {
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
   "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
-#define OPENSORA_MULTIPLY(Element, dtype, n, num_sums, left_name, right_name, adds_name)                          \
-  __device__ __forceinline__ void multiply(Element, float (&sums)[num_sums], uint64_t left, uint64_t right) {     \
+#define OPENSORA_MULTIPLY(Type, dtype, n, num_sums, left_name, right_name, adds_name)                             \
+  __device__ __forceinline__ void multiply(Type, float (&sums)[num_sums], uint64_t left, uint64_t right) {        \
     asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds_name                                              \
                  ", 0;\n"                                                                                         \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." dtype "." dtype " {" OPENSORA_NAMES_##num_sums \
@@ -40,9 +39,9 @@ namespace opensora::hopper {
                  : OPENSORA_SUMS_##num_sums                                                                       \
                  : "l"(left), "l"(right), "r"(1));                                                                \
   }
-#define OPENSORA_MULTIPLY_BOTH(...)                     \
-  OPENSORA_MULTIPLY(__nv_bfloat16, "bf16", __VA_ARGS__) \
-  OPENSORA_MULTIPLY(__half, "f16", __VA_ARGS__)
+#define OPENSORA_MULTIPLY_BOTH(...)                \
+  OPENSORA_MULTIPLY(BFloat16, "bf16", __VA_ARGS__) \
+  OPENSORA_MULTIPLY(Float16, "f16", __VA_ARGS__)
 
 OPENSORA_MULTIPLY_BOTH(64, 32, "%32", "%33", "%34")
 OPENSORA_MULTIPLY_BOTH(96, 48, "%48", "%49", "%50")
