@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opensora_kernels import _triton, backends
+from opensora_kernels import _extension, _triton, backends
 from opensora_kernels.backends import Implementation
 from opensora_kernels.causal_padding import (
     SpacePadding,
@@ -21,7 +21,7 @@ from opensora_kernels.checks import check_choice, check_float, check_same_device
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
 
-from . import library, reference, triton_forms
+from . import cuda_forms, library, reference, triton_forms
 
 __all__ = ["causal_conv3d"]
 
@@ -164,3 +164,4 @@ backends.register(
     Implementation(library.causal_conv3d, why_not=library.why_not, is_plain=True, why_slower=library.why_slower),
 )
 _triton.register("causal_conv3d", why_slower=triton_forms.why_slower)
+_extension.register("causal_conv3d", "cuda", why_not=cuda_forms.why_not, why_slower=cuda_forms.why_slower)
