@@ -8,7 +8,7 @@
 
 #include "causal_conv3d.h"
 #include "causal_conv3d_maps.h"
-#include "causal_conv3d_results.h"
+#include "causal_conv3d_results.cuh"
 #include "hopper.h"
 #include "hopper_products.h"
 #include "tensor_map.h"
