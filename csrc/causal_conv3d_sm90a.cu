@@ -11,6 +11,7 @@
 #include "causal_conv3d_results.cuh"
 #include "hopper.h"
 #include "hopper_products.h"
+#include "shared_memory.h"
 #include "tensor_map.h"
 
 namespace opensora {
@@ -254,10 +255,9 @@ cudaError_t launch(const ConvolutionForward& convolution, const Schedule& schedu
   OPENSORA_RETURN_ERROR(cudaGetDevice(&device));
   OPENSORA_RETURN_ERROR(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   constexpr int kSharedBytes = Tile<N>::kBytes + 1024;  // the first slot begins at a multiple of 1024
-  const auto kernel = convolution_kernel<Type, N>;
-  OPENSORA_RETURN_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  OPENSORA_RETURN_ERROR((allow_shared_memory<convolution_kernel<Type, N>, kSharedBytes>()));
   const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles(schedule), num_multiprocessors));
-  kernel<<<num_blocks, kThreads, kSharedBytes, stream>>>(arguments);
+  convolution_kernel<Type, N><<<num_blocks, kThreads, kSharedBytes, stream>>>(arguments);
   OPENSORA_RETURN_ERROR(cudaGetLastError());
   if (convolution.statistics == nullptr) {
     return cudaSuccess;
