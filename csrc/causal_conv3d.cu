@@ -44,7 +44,15 @@ __global__ void merge_kernel(const FrameStatistics merge) {
   }
 }
 
-void check_dense(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType type) {
+// The dispatcher comes here as soon as one tensor is on a GPU.
+void check_device(const char* name, const Tensor& tensor, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), "causal_conv3d: ", name,
+                  " must be on x's device");
+}
+
+void check_dense(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType type,
+                 const Tensor& x) {
+  check_device(name, tensor, x);
   STD_TORCH_CHECK(tensor.scalar_type() == type, "causal_conv3d: ", name, " must have the dtype that its kernel takes");
   bool agrees = tensor.dim() == static_cast<int64_t>(sizes.size());
   for (size_t axis = 0; agrees && axis < sizes.size(); ++axis) {
@@ -56,10 +64,11 @@ void check_dense(const char* name, const Tensor& tensor, const std::vector<int64
                   " must be aligned to 16 bytes");
 }
 
-Clip clip_of(const char* name, const Tensor& clip, ScalarType type) {
+Clip clip_of(const char* name, const Tensor& clip, const Tensor& x) {
+  check_device(name, clip, x);
   STD_TORCH_CHECK(clip.dim() == 5, "causal_conv3d: ", name, " must have shape (B, T, H, W, C), got ", clip.dim(),
                   " axes");
-  STD_TORCH_CHECK(clip.scalar_type() == type, "causal_conv3d: ", name, " must have the dtype of x");
+  STD_TORCH_CHECK(clip.scalar_type() == x.scalar_type(), "causal_conv3d: ", name, " must have the dtype of x");
   const int64_t dense[3] = {clip.size(3) * clip.size(4), clip.size(4), 1};
   for (int axis = 2; axis < 5; ++axis) {
     STD_TORCH_CHECK(clip.size(axis) == 1 || clip.stride(axis) == dense[axis - 2], "causal_conv3d: ", name,
@@ -118,7 +127,7 @@ Clip state_of(const Tensor& x, const std::optional<Tensor>& state) {
   STD_TORCH_CHECK(state->size(0) == x.size(0) && state->size(2) == x.size(2) && state->size(3) == x.size(3) &&
                       state->size(4) == x.size(4),
                   "causal_conv3d: state must have x's sizes but for frames");
-  return clip_of("state", *state, x.scalar_type());
+  return clip_of("state", *state, x);
 }
 
 // The kernel for sm_90a is compiled for that alone; it takes every frame and position, and zeros around a frame.
@@ -150,28 +159,28 @@ void forward(const Tensor& x, const std::optional<Tensor>& state, const Tensor& 
              const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, Triple kernel, Triple step,
              Triple dilation, Triple start, bool replicates_front, int64_t space_padding, const Tensor& out,
              const std::optional<Tensor>& statistics) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const ScalarType type = x.scalar_type();
   ConvolutionForward convolution{};
-  convolution.x = clip_of("x", x, type);
+  convolution.x = clip_of("x", x, x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   convolution.shape = shape_of(x, out, {kernel, step, dilation, start, replicates_front, space_padding});
   convolution.state = state_of(x, state);
   const int64_t num_out = out.size(4);
   const std::vector<int64_t> out_sizes(out.sizes().begin(), out.sizes().end());
-  check_dense("out", out, out_sizes, type);
-  check_dense("weight", weight, {kernel[0] * kernel[1] * kernel[2], num_out, x.size(4)}, type);
+  check_dense("out", out, out_sizes, type, x);
+  check_dense("weight", weight, {kernel[0] * kernel[1] * kernel[2], num_out, x.size(4)}, type, x);
   convolution.weight = weight.const_data_ptr();
   convolution.out = out.mutable_data_ptr();
   if (bias.has_value()) {
-    check_dense("bias", *bias, {num_out}, type);
+    check_dense("bias", *bias, {num_out}, type, x);
     convolution.bias = bias->const_data_ptr();
   }
   if (residual.has_value()) {
-    check_dense("residual", *residual, out_sizes, type);
+    check_dense("residual", *residual, out_sizes, type, x);
     convolution.residual = residual->const_data_ptr();
   }
   if (statistics.has_value()) {
-    check_dense("statistics", *statistics, {out.size(0), num_out, out.size(1), 2}, ScalarType::Float);
+    check_dense("statistics", *statistics, {out.size(0), num_out, out.size(1), 2}, ScalarType::Float, x);
     convolution.statistics = floats(statistics);
   }
   if (out.numel() == 0) {
@@ -188,14 +197,14 @@ void forward(const Tensor& x, const std::optional<Tensor>& state, const Tensor& 
 void weight_gradient(const Tensor& x, const std::optional<Tensor>& state, const Tensor& grad, Triple kernel,
                      Triple step, Triple dilation, Triple start, bool replicates_front, int64_t space_padding,
                      const Tensor& grad_weight) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   ConvolutionWeightGradient convolution{};
-  convolution.x = clip_of("x", x, x.scalar_type());
+  convolution.x = clip_of("x", x, x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   convolution.shape = shape_of(x, grad, {kernel, step, dilation, start, replicates_front, space_padding});
   convolution.state = state_of(x, state);
-  check_dense("grad", grad, {grad.sizes().begin(), grad.sizes().end()}, x.scalar_type());
+  check_dense("grad", grad, {grad.sizes().begin(), grad.sizes().end()}, x.scalar_type(), x);
   check_dense("grad_weight", grad_weight, {kernel[0] * kernel[1] * kernel[2], grad.size(4), x.size(4)},
-              ScalarType::Float);
+              ScalarType::Float, x);
   convolution.grad = grad.const_data_ptr();
   convolution.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
   const std::optional<Tensor> workspace = workspace_of(x, causal_conv3d_weight_gradient_sm80_workspace(convolution));

@@ -142,6 +142,10 @@ ERRORS = [
     BadCall("half_state", lambda a: a | {"state": a["x"].half()}, TypeError, "state must have x's dtype"),
     BadCall("short_residual", lambda a: a | {"residual": a["x"][:, :, 1:]}, ValueError, "residual must have shape"),
     BadCall(
+        "residual_elsewhere", lambda a: a | {"residual": a["residual"].to("meta")}, ValueError,
+        "all tensors must be on one device, got .*, residual on meta",
+    ),
+    BadCall(
         "odd_norm_groups", lambda a: a | {"norm": Norm("group", num_groups=3)}, ValueError,
         "num_groups must divide the 4 channels, got 3",
     ),
