@@ -114,8 +114,11 @@ class BuildLibraries(build_ext):
             build_with_cmake(folder, torch, nvcc)
         else:
             print(f"opensora_kernels: compiling without CMake, because {reason}", flush=True)
-            runpy.run_path(str(ROOT / "csrc/without_cmake.py"))["build"](folder / "without_cmake", torch, nvcc)
             folder /= "without_cmake"
+            build = runpy.run_path(str(ROOT / "csrc/without_cmake.py"))
+            build["build_cpu"](folder, torch)
+            if nvcc:
+                build["build_cuda"](folder, torch, Path(nvcc))
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)

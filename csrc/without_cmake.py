@@ -1,6 +1,6 @@
 """Compiles csrc/ where there is no CMake, as on a GPU machine without network: same flags, every file at once.
 
-setup.py calls `build`. CMakeLists.txt is what everybody else uses; tests/test_build.py compares the two.
+setup.py calls it. CMakeLists.txt is what everybody else uses; tests/test_build.py compares the two.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
+_HOST = ["-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
+_KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 _CUDA = ["arch=compute_80,code=[sm_80]", "arch=compute_90,code=[compute_90,sm_90]"]
 _SM90A = ["arch=compute_90a,code=[sm_90a]"]
@@ -25,47 +27,46 @@ if platform.machine() in ("x86_64", "AMD64"):
     _CAPABILITIES |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
 
 
-def build(folder: Path, torch: Path, nvcc: str | None) -> None:
-    """Make `folder`/_cpu_library.so and, with an nvcc, `folder`/_cuda_library.so. Raises CalledProcessError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = commands(folder, torch, nvcc)
-    with ThreadPoolExecutor(int(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", os.cpu_count() or 1))) as pool:
-        list(pool.map(_run, wanted.values()))
-    objects = {kind: [str(folder / path) for path in wanted if path.startswith(f"{kind}/")] for kind in ("cpu", "cuda")}
-    compiler = _compiler()
-    libraries = ["-Wl,--no-as-needed", str(torch / "lib/libtorch_cpu.so")]
-    _run([compiler, "-shared", *objects["cpu"], *libraries, "-o", str(folder / "_cpu_library.so")])
-    if nvcc is None:
-        return
+def build_cpu(folder: Path, torch: Path) -> None:
+    """Make `folder`/_cpu_library.so. Raises CalledProcessError."""
+    _link(_compile(cpu_commands(folder, torch)), [torch / "lib/libtorch_cpu.so"], folder / "_cpu_library.so")
+
+
+def build_cuda(folder: Path, torch: Path, nvcc: Path) -> None:
+    """Make `folder`/_cuda_library.so. Raises CalledProcessError."""
+    objects = _compile(cuda_commands(folder, torch, nvcc))
     torch_cuda = torch / "lib/libtorch_cuda.so"
     if not torch_cuda.exists():  # a CPU build of torch: an empty library of that name is enough to link against
         torch_cuda = folder / "libtorch_cuda.so"
-        name = f"-Wl,-soname,{torch_cuda.name}"
-        _run([compiler, "-shared", name, "-x", "c++", os.devnull, "-o", str(torch_cuda)])
-    toolkit = Path(nvcc).resolve().parents[1]
-    runtime = next(path.parent for path in toolkit.glob("**/libcudart_static.a"))
-    libraries += [str(torch_cuda), f"-L{runtime}", "-lcudadevrt", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-    _run([compiler, "-shared", *objects["cuda"], *libraries, "-o", str(folder / "_cuda_library.so")])
+        _link(["-x", "c++", os.devnull], [f"-Wl,-soname,{torch_cuda.name}"], torch_cuda)
+    runtime = next(path.parent for path in nvcc.resolve().parents[1].glob("**/libcudart_static.a"))
+    others = [f"-L{runtime}", "-lcudadevrt", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    _link(objects, [torch / "lib/libtorch_cpu.so", torch_cuda, *others], folder / "_cuda_library.so")
 
 
-def commands(folder: Path, torch: Path, nvcc: str | None) -> dict[str, list[str]]:
-    """The command that makes each object, by its path below `folder`."""
+def cpu_commands(folder: Path, torch: Path) -> dict[Path, list[str]]:
+    """What makes each object."""
     found = {}
     for source in sorted(FOLDER.glob("*.cpp")):
-        is_kernel = source.stem.endswith("_kernels")
-        for capability, flags in _CAPABILITIES.items() if is_kernel else [("host", [])]:
-            if is_kernel:
-                flags = [*flags, "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-                flags.append(f"-DOPENSORA_CAPABILITY={capability}")
-            host = [_compiler(), "-std=gnu++20", "-fPIC", "-fvisibility=hidden", _prefix_map(), *flags]
-            found[f"cpu/{capability}/{source.name}.o"] = [*host, *_common(source, torch)]
-    for source in sorted(FOLDER.glob("*.cu")) if nvcc else []:
+        host = [_compiler(), "-std=gnu++20", *_HOST, *_common(source, torch)]
+        if not source.stem.endswith("_kernels"):
+            found[folder / f"{source.name}.o"] = host
+            continue
+        for capability, flags in _CAPABILITIES.items():
+            flags = [*flags, *_KERNEL, f"-DOPENSORA_CAPABILITY={capability}"]
+            found[folder / f"{source.name}.{capability}.o"] = [*host, *flags]
+    return found
+
+
+def cuda_commands(folder: Path, torch: Path, nvcc: Path) -> dict[Path, list[str]]:
+    """What makes each object."""
+    found = {}
+    for source in sorted(FOLDER.glob("*.cu")):
         architectures = _SM90A if source.stem.endswith("_sm90a") else _CUDA
-        device = [nvcc, "-std=c++20", "-DUSE_CUDA"]
-        device += [f"--generate-code={architecture}" for architecture in architectures]
-        device += [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden", _prefix_map())]
-        found[f"cuda/{source.name}.o"] = [*device, *_common(source, torch)]
-    return {path: [*command, "-o", str(folder / path)] for path, command in found.items()}
+        device = [str(nvcc), "-std=c++20", "-DUSE_CUDA", *(f"--generate-code={each}" for each in architectures)]
+        host = [f"-Xcompiler={flag}" for flag in _HOST]
+        found[folder / f"{source.name}.o"] = [*device, *host, *_common(source, torch)]
+    return found
 
 
 def _common(source: Path, torch: Path) -> list[str]:
@@ -76,14 +77,19 @@ def _common(source: Path, torch: Path) -> list[str]:
     return [*flags, "-c", str(source)]
 
 
-def _prefix_map() -> str:
-    return f"-ffile-prefix-map={ROOT}/="
-
-
 def _compiler() -> str:
     return os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")))
 
 
-def _run(command: list[str]) -> None:
-    Path(command[-1]).parent.mkdir(parents=True, exist_ok=True)
+def _compile(commands: dict[Path, list[str]]) -> list[str]:
+    """Objects of all commands, which run at once."""
+    for path in commands:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(int(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", os.cpu_count() or 1))) as pool:
+        list(pool.map(lambda path: subprocess.run([*commands[path], "-o", str(path)], check=True), commands))
+    return [str(path) for path in commands]
+
+
+def _link(objects: list[str], others: list[Path | str], library: Path) -> None:
+    command = [_compiler(), "-shared", *objects, "-Wl,--no-as-needed", *map(str, others), "-o", str(library)]
     subprocess.run(command, check=True)

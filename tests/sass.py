@@ -226,7 +226,7 @@ def main() -> int:
     parser.add_argument("--library", type=Path, help="default: compile csrc/ first")
     parser.add_argument("--output", type=Path, help="a file for the table; default: the screen")
     options = parser.parse_args()
-    library = options.library or cuda_library.build() / "opensora_kernels/_cuda_library.so"
+    library = options.library or cuda_library.build() / "_cuda_library.so"
     kernels = kernels_of(library)
     text = table(kernels, _extension.read_facts(library))
     if options.output:

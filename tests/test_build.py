@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from tests import cuda_library
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
-PROGRAMS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
 
 @pytest.mark.parametrize(("environment", "message"), [
@@ -49,19 +47,20 @@ def test_setup_says_what_it_decides_and_refuses_what_it_can_not_do(
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_files_are_compiled_with_the_same_flags_without_cmake(tmp_path: Path):
-    if shutil.which("cmake", path=PROGRAMS) is None or shutil.which("ninja", path=PROGRAMS) is None:
+    if not cuda_library.has_cmake():
         pytest.skip("cmake and ninja are not installed")
     nvcc = None if cuda_library.why_not_buildable() else cuda_library.find_nvcc()
     configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DOPENSORA_TORCH={TORCH}"]
     configure += ["-DOPENSORA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []
-    environment = os.environ | {"PATH": PROGRAMS}
-    subprocess.run(configure, check=True, env=environment, capture_output=True)
+    subprocess.run(configure, check=True, env=cuda_library.environment(), capture_output=True)
     by_cmake = {}
     for entry in json.loads((tmp_path / "compile_commands.json").read_text()):
         if Path(entry["file"]).parent == ROOT / "csrc":
             by_cmake[_place(shlex.split(entry["command"]))] = _flags(shlex.split(entry["command"]))
-    commands = runpy.run_path(str(ROOT / "csrc/without_cmake.py"))["commands"]
-    without = {_place(command): _flags(command) for command in commands(tmp_path, TORCH, nvcc).values()}
+    build = runpy.run_path(str(ROOT / "csrc/without_cmake.py"))
+    commands = list(build["cpu_commands"](tmp_path, TORCH).values())
+    commands += build["cuda_commands"](tmp_path, TORCH, Path(nvcc)).values() if nvcc else []
+    without = {_place(command): _flags(command) for command in commands}
     assert without == by_cmake
     assert len(without) >= len(list((ROOT / "csrc").glob("*.cpp")))
 
