@@ -1,8 +1,9 @@
-// What the kernels of causal_conv3d take, and how they are launched. Stride 1, one group, channels last.
+// What the kernels of causal_conv3d take, and how they are launched. One group, channels last.
 //
 // Axes: B samples, T frames, H rows, W columns, C input and O output channels, S frames of the state, K taps (the
 // kernel's frames, then its rows, then its columns). Output (b, t, h, w) is the sum over taps (i, j, k) of the input's
-// frame t + start[0] + i * dilation[0], row h + start[1] + j * dilation[1], column w + start[2] + k * dilation[2].
+// frame t * step[0] + start[0] + i * dilation[0], row h * step[1] + start[1] + j * dilation[1], column w * step[2] +
+// start[2] + k * dilation[2]. The sm_90a kernel takes step 1 and zeros around a frame only.
 // Frames count from the state's first if there is a state, else from x's first. What lies outside is zero; with
 // `replicates_front`, and no state, frames before x's first are that frame.
 // The gradient of the input is the same convolution of the result's gradient with flipped, transposed taps.
@@ -11,6 +12,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "causal_conv3d_shape.h"
+#include "moments.h"
 
 namespace opensora {
 
@@ -21,18 +25,6 @@ struct Clip {
   int num_frames;
   int64_t sample_stride;
   int64_t frame_stride;
-};
-
-// The shape of a convolution, forward or backward. C and O are multiples of 8.
-struct ConvolutionShape {
-  int num_samples;
-  int num_channels;
-  int num_out;
-  int height, width;  // of x and of the state
-  int out_frames, out_height, out_width;
-  int kernel[3], dilation[3], start[3];
-  bool replicates_front;
-  bool is_bfloat16;  // else float16; sums are float32
 };
 
 struct ConvolutionForward {
@@ -51,9 +43,10 @@ struct ConvolutionWeightGradient {
   ConvolutionShape shape;
   Clip x;
   Clip state;
-  const void* grad;    // (B, T', H', W', O)
-  float* grad_weight;  // (K, O, C)
-  float* workspace;    // as above
+  const void* grad;            // (B, T', H', W', O)
+  float* grad_weight;          // (K, O, C)
+  float* workspace;            // as above
+  float* grad_bias = nullptr;  // (O,) or null
 };
 
 // Each returns cudaSuccess or the first error. Nothing waits for the device.
@@ -66,15 +59,7 @@ int64_t causal_conv3d_sm90a_workspace(const ConvolutionForward& convolution);
 int64_t causal_conv3d_sm80_workspace(const ConvolutionForward& convolution);
 int64_t causal_conv3d_weight_gradient_sm80_workspace(const ConvolutionWeightGradient& convolution);
 
-// Statistics of tiles, merged into those of frames in a fixed order. `partials` (B, T', tiles, O, 2): mean and squared
-// deviations of each rectangle of tile_height x tile_width positions (rows of tiles first; cut off at the frame's
-// edge). A kernel whose tiles are runs of positions passes height 1, width H' * W', tile_height 1.
-struct FrameStatistics {
-  const float* partials;
-  float* statistics;  // (B, O, T', 2)
-  int num_samples, num_frames, num_out;
-  int height, width, tile_height, tile_width;
-};
+// In a fixed order of tiles.
 cudaError_t merge_frame_statistics(const FrameStatistics& merge, cudaStream_t stream);
 
 }  // namespace opensora
