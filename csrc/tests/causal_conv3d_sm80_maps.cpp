@@ -25,7 +25,13 @@ Geometry geometry(int num_channels, std::array<int, 3> kernel, std::array<int, 3
                   std::array<int, 3> step = {1, 1, 1}, std::array<int, 3> dilation = {1, 1, 1},
                   std::array<int, 3> start = {-2, -1, -1}, int num_state = 0, bool replicates_front = false,
                   int space_padding = 0) {
-  ConvolutionShape shape{2, num_channels, 40, size[1], size[2], size[0], size[1], size[2]};
+  ConvolutionShape shape{};
+  shape.num_samples = 2;
+  shape.num_channels = num_channels;
+  shape.num_out = 40;
+  shape.height = shape.out_height = size[1];
+  shape.width = shape.out_width = size[2];
+  shape.out_frames = size[0];
   for (int axis = 0; axis < 3; ++axis) {
     shape.kernel[axis] = kernel[axis];
     shape.step[axis] = step[axis];
