@@ -1,0 +1,66 @@
+"""csrc/tests/causal_conv3d_sm80_replay.cpp from Python: what the operators of the CUDA library take, on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+
+class Replay:
+    """Compiled into `folder`. tile_out, num_splits: how the kernels share the work; 0 for their own choice."""
+
+    def __init__(self, folder: Path) -> None:
+        compiler = shutil.which("g++") or shutil.which("clang++")
+        if compiler is None:
+            pytest.skip("no C++ compiler was found")
+        path, source = folder / "sm80_replay.so", CSRC / "tests" / "causal_conv3d_sm80_replay.cpp"
+        flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-shared"]
+        subprocess.run([compiler, *flags, source, "-o", path], check=True)
+        self._library = ctypes.CDLL(str(path))
+        self._library.replay_forward.restype = self._library.replay_weight_gradient.restype = ctypes.c_bool
+
+    def forward(
+        self, x: Tensor, state: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+        kernel: list[int], step: list[int], dilation: list[int], start: list[int], replicates_front: bool,
+        space_padding: int, out: Tensor, statistics: Tensor | None, *, tile_out: int = 0,
+    ) -> None:  # fmt: skip
+        """As torch.ops.opensora_kernels.causal_conv3d_cuda_forward."""
+        window = (kernel, step, dilation, start, replicates_front, space_padding)
+        tensors = (x, state, weight, bias, residual, out, statistics)
+        is_right = self._library.replay_forward(_numbers(x, state, out, *window), tile_out, *map(_pointer, tensors))
+        assert is_right, "a copy left its tensor or was not aligned"
+
+    def weight_gradient(
+        self, x: Tensor, state: Tensor | None, grad: Tensor, kernel: list[int], step: list[int], dilation: list[int],
+        start: list[int], replicates_front: bool, space_padding: int, grad_weight: Tensor, grad_bias: Tensor | None,
+        *, tile_out: int = 0, num_splits: int = 0,
+    ) -> None:  # fmt: skip
+        """As torch.ops.opensora_kernels.causal_conv3d_cuda_weight_gradient."""
+        numbers = _numbers(x, state, grad, kernel, step, dilation, start, replicates_front, space_padding)
+        tensors = (x, state, grad, grad_weight, grad_bias)
+        is_right = self._library.replay_weight_gradient(numbers, tile_out, num_splits, *map(_pointer, tensors))
+        assert is_right, "a copy left its tensor or was not aligned"
+
+
+def _numbers(
+    x: Tensor, state: Tensor | None, out: Tensor, kernel: list[int], step: list[int], dilation: list[int],
+    start: list[int], replicates_front: bool, space_padding: int,
+) -> ctypes.Array:  # fmt: skip
+    """In the order in which the replay reads them."""
+    shape = [x.shape[0], x.shape[4], out.shape[4], *x.shape[2:4], *out.shape[1:4]]
+    options = [replicates_front, space_padding, x.dtype is torch.bfloat16]
+    places = [x.shape[1], *x.stride()[:2], *([0, 0, 0] if state is None else [state.shape[1], *state.stride()[:2]])]
+    numbers = [*shape, *kernel, *step, *dilation, *start, *options, *places]
+    return (ctypes.c_int64 * len(numbers))(*map(int, numbers))
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
