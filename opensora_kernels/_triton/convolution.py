@@ -68,12 +68,12 @@ def convolve(
 ) -> tuple[Tensor, int] | None:
     """Fill out (B, O, T', H', W'), of any strides, with the sums over `taps` (T, H, W), plus bias, plus residual.
 
-    weight_OKC (O, kt * kh * kw, C / groups), contiguous. Rounds to out's dtype after the bias and after the residual.
+    weight_OKC (O, kt * kh * kw, C / groups). Rounds to out's dtype after the bias and after the residual.
     With `shares` (2,) the result is shares[0] * residual + shares[1] * (sums + bias), each term rounded.
     With `wants_statistics`, returns mean and sum of squared deviations of each channel over the tiles that a frame of
     the result is made of, (B, T', tiles, O, 2) in fp32, and the size of all tiles but a frame's last.
     """
-    x_BTHWC, state_BTHWC = source.x_BTHWC, source.state_BTHWC
+    x_BTHWC, state_BTHWC, weight_OKC = source.x_BTHWC, source.state_BTHWC, weight_OKC.contiguous()
     num_samples, num_out, num_frames, height, width = out.shape
     num_channels = weight_OKC.shape[2]
     tile = _tile(op, x_BTHWC, weight_OKC, height * width, groups)

@@ -7,6 +7,7 @@ the input's position modulo the stride. Axes as in convolution; G gradient of th
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,19 @@ _NUM_WEIGHT_PROGRAMS = 528
 
 
 def input_gradient(
-    op: str, grad: Source, weight: Tensor, taps: tuple[Taps, Taps, Taps], out: Tensor, origin: list[int], groups: int
+    op: str,
+    grad: Source,
+    weight: Tensor,
+    taps: tuple[Taps, Taps, Taps],
+    out: Tensor,
+    origin: list[int],
+    groups: int,
+    convolve: Callable[..., Any] = convolve,
 ) -> None:
     """Fill out (B, C, T, H, W), of any strides: the gradient at each input position from `origin` on.
 
     Positions outside the clip (negative ones, say) get the gradient of the padding there. weight is the convolution's
-    own (O, C / groups, kt, kh, kw), `taps` are the convolution's.
+    own (O, C / groups, kt, kh, kw), `taps` are the convolution's. `convolve`: Triton's, or one that takes the same.
     """
     phases = [_phases(*given) for given in zip(taps, origin, out.shape[2:], strict=True)]
     flipped = weight.flip(2, 3, 4)
@@ -39,7 +47,7 @@ def input_gradient(
             part.zero_()
             continue
         turned = flipped[(slice(None), slice(None), *(phase.weights for phase in combined))]
-        turned = turned.unflatten(0, (groups, -1)).permute(0, 2, 3, 4, 5, 1).flatten(0, 1).flatten(1, 3).contiguous()
+        turned = turned.unflatten(0, (groups, -1)).permute(0, 2, 3, 4, 5, 1).flatten(0, 1).flatten(1, 3)
         convolve(op, grad, turned, tuple(phase.taps for phase in combined), part, groups=groups)
 
 

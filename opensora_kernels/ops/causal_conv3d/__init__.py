@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opensora_kernels import _triton, backends
+from opensora_kernels import _extension, _triton, backends
 from opensora_kernels.backends import Implementation
 from opensora_kernels.causal_padding import (
     SpacePadding,
@@ -21,7 +21,7 @@ from opensora_kernels.checks import check_choice, check_float, check_same_device
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
 
-from . import library, reference, triton_forms
+from . import cuda_forms, library, reference, triton_forms
 
 __all__ = ["causal_conv3d"]
 
@@ -65,8 +65,8 @@ def causal_conv3d(
     without padding in time, that of the frames at the middle of each window.
     Returns the result alone, or a tuple (result[, state][, statistics]). channels_last_3d is kept.
     Numbers: accumulated in fp32; rounded to x's dtype after norm, after SiLU, after bias and after residual.
-    Gradients: to every tensor, also through the returned state and statistics. The Triton backend computes what the
-    convolution read again from x, and keeps the result if its statistics are returned.
+    Gradients: to every tensor, also through the returned state and statistics. The Triton and CUDA backends compute
+    what the convolution read again from x, and keep the result if its statistics are returned.
     Errors: TypeError for dtypes that are not floating-point or differ; ValueError for shapes, devices, choices and
     sizes that break the rules above, fewer frames than one window, or a stride that skips frames with `return_state`.
     Source: CausalConv3d of Open-Sora v1.2.0 (opensora/models/vae/vae_temporal.py): the defaults; of Open-Sora-Plan
@@ -145,7 +145,7 @@ def _check_tensors(
         check_shape(op, "state", state, (*x.shape[:2], None, *x.shape[3:]), "(B, C, any, H, W)")
         if state.dtype != x.dtype:
             raise TypeError(f"{op}: state must have x's dtype {x.dtype}, got {state.dtype}")
-    check_same_device(op, x=x, weight=weight, bias=bias, state=state)
+    check_same_device(op, x=x, weight=weight, bias=bias, state=state, residual=residual)
 
 
 register_op(
@@ -164,3 +164,4 @@ backends.register(
     Implementation(library.causal_conv3d, why_not=library.why_not, is_plain=True, why_slower=library.why_slower),
 )
 _triton.register("causal_conv3d", why_slower=triton_forms.why_slower)
+_extension.register("causal_conv3d", "cuda", why_not=cuda_forms.why_not, why_slower=cuda_forms.why_slower)

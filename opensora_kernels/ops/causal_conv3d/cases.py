@@ -83,6 +83,8 @@ CASES = [
     Case("one_frame_continued", _make((1, 3, 1, 5, 6), 4, num_state=2, return_state=True), flops=_flops),
     Case("no_time_padding", _make((1, 3, 4, 5, 6), 4, time_padding="none"), flops=_flops),
     Case("pointwise", _make((2, 4, 3, 5, 6), 6, (1, 1, 1)), flops=_flops),
+    # compiled kernels refuse channels that are not multiples of 8; tests/csrc has larger ones
+    Case("eights", _make((1, 8, 2, 3, 4), 8, (3, 3, 1), norm="group", channels_last=True, **_REPLICATE)),
     _layer("open_sora_1_2_128", "Open-Sora 1.2 temporal VAE, 720p", (1, 128, 20, 90, 160), 128, **_BLOCK),
     _layer("open_sora_1_2_512", "Open-Sora 1.2 temporal VAE, 720p", (1, 512, 5, 90, 160), 512, **_BLOCK),
     _layer(
@@ -139,6 +141,10 @@ ERRORS = [
     BadCall("small_state", lambda a: a | {"state": a["x"][..., 1:]}, ValueError, "state must have shape"),
     BadCall("half_state", lambda a: a | {"state": a["x"].half()}, TypeError, "state must have x's dtype"),
     BadCall("short_residual", lambda a: a | {"residual": a["x"][:, :, 1:]}, ValueError, "residual must have shape"),
+    BadCall(
+        "residual_elsewhere", lambda a: a | {"residual": a["residual"].to("meta")}, ValueError,
+        "all tensors must be on one device, got .*, residual on meta",
+    ),
     BadCall(
         "odd_norm_groups", lambda a: a | {"norm": Norm("group", num_groups=3)}, ValueError,
         "num_groups must divide the 4 channels, got 3",

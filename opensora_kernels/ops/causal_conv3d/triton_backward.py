@@ -5,6 +5,7 @@ What the convolution read is computed again from x. Axes as in triton_kernel; O 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from opensora_kernels._triton import launch, planes
-from opensora_kernels._triton.convolution import Source, channels_last
+from opensora_kernels._triton.convolution import Source, channels_last, convolve
 from opensora_kernels._triton.convolution_gradients import fold_space, fold_time, input_gradient, weight_gradient
 from opensora_kernels.norms import memory_format
 
@@ -28,28 +29,36 @@ _OP = "causal_conv3d"
 
 
 def backward(grads: list[Tensor | None], wanted: list[bool], saved: list[Tensor], *values: Any) -> list[Tensor | None]:
+    convolution_gradients = _library_gradients if form_of(*values) == LIBRARY else _gemm_gradients
+    return gradients(forward, convolution_gradients, grads, wanted, saved, *values)
+
+
+def gradients(
+    forward: Callable[..., list[Tensor]],
+    convolution_gradients: Callable[..., tuple[Tensor | None, int, Tensor | None]],
+    grads: list[Tensor | None],
+    wanted: list[bool],
+    saved: list[Tensor],
+    *values: Any,
+) -> list[Tensor | None]:
+    """The backward pass of a backend that computes `forward` and, by `convolution_gradients`, from (call, wanted,
+    gradient of the result (B, T', H', W', O), moments of x's groups): the gradient of what the convolution read without
+    its padding in space, the first frame of that (see `padded_gradient`), and the gradient of the weight."""
     call, wanted = Call(*values), Call(*wanted)
     grad_out, *others = grads
     grad_state_out = others.pop(0) if call.return_state else None
     grad_statistics = others.pop(0) if call.return_statistics else None
     moments_BTG2 = moments(call) if call.norm == "group" else None
     found: dict[str, Tensor] = {}
-    grad_BTHWO = None
     if grad_out is not None or grad_statistics is not None:
-        grad_BTHWO, found["bias"] = _result_gradient(call, wanted, grad_out, grad_statistics, saved)
+        results = saved or (forward(*values) if grad_statistics is not None else [])
+        grad_BTHWO, found["bias"] = _result_gradient(call, wanted, grad_out, grad_statistics, results)
         if wanted.residual:
             found["residual"] = grad_BTHWO.permute(0, 4, 1, 2, 3).to(call.residual.dtype, copy=True)
-    wants_hidden = _wants_hidden(wanted)
-    if form_of(*values) == LIBRARY and grad_BTHWO is not None:
-        grad_padded, found["weight"] = _library_gradients(call, wanted, grad_BTHWO, moments_BTG2)
-        first_frame = 0
-    else:
-        if wanted.weight and grad_BTHWO is not None:
-            source = source_of(call, moments_BTG2)
-            found["weight"] = weight_gradient(_OP, source, grad_BTHWO, call.taps, call.groups, call.weight.dtype)
-        if wants_hidden:
-            grad_padded, first_frame = _padded_gradient(call, wanted, grad_BTHWO)
-    if wants_hidden:
+        grad_padded, first_frame, found["weight"] = convolution_gradients(call, wanted, grad_BTHWO, moments_BTG2)
+    elif wants_hidden(wanted):
+        grad_padded, first_frame = padded_gradient(call, wanted, None)
+    if wants_hidden(wanted):
         grad_hidden, found["state"] = _without_front(call, grad_padded, first_frame, grad_state_out)
         found |= prepare_gradients(call, wanted, grad_hidden, moments_BTG2)
     return [
@@ -64,7 +73,7 @@ def _given(grad: Tensor | None, value: Any) -> Tensor:
 
 
 def _result_gradient(
-    call: Call, wanted: Call, grad_out: Tensor | None, grad_statistics: Tensor | None, saved: list[Tensor]
+    call: Call, wanted: Call, grad_out: Tensor | None, grad_statistics: Tensor | None, results: list[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """Of the result, with what it owes to its statistics, as (B, T', H', W', O) dense; and that of the bias."""
     if grad_out is None:
@@ -73,7 +82,6 @@ def _result_gradient(
     num_samples, num_out, num_frames, num_positions = grad_BOTP.shape
     out_BOTP, statistics, has_statistics = grad_BOTP, None, grad_statistics is not None
     if has_statistics:
-        results = saved or forward(*call)
         out_BOTP, statistics = planes(results[0], call.layout, per_frame=True), results[-1].contiguous()
         grad_statistics = grad_statistics.contiguous()
     is_dense = memory_format(grad_out) is torch.channels_last_3d and not has_statistics
@@ -98,26 +106,40 @@ def _moved(shape: torch.Size) -> list[int]:
     return [shape[0], *shape[2:], shape[1]]
 
 
+def _gemm_gradients(
+    call: Call, wanted: Call, grad_BTHWO: Tensor, moments_BTG2: Tensor | None
+) -> tuple[Tensor | None, int, Tensor | None]:
+    grad_weight = None
+    if wanted.weight:
+        source = source_of(call, moments_BTG2)
+        grad_weight = weight_gradient(_OP, source, grad_BTHWO, call.taps, call.groups, call.weight.dtype)
+    if not wants_hidden(wanted):
+        return None, 0, grad_weight
+    return *padded_gradient(call, wanted, grad_BTHWO), grad_weight
+
+
 def _library_gradients(
     call: Call, wanted: Call, grad_BTHWO: Tensor, moments_BTG2: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of what the convolution read, without the padding in space, and of the weight, by PyTorch's convolution."""
+) -> tuple[Tensor | None, int, Tensor | None]:
+    """By PyTorch's convolution."""
     padded_BCTHW = prepared(call, moments_BTG2, padded=True).permute(0, 4, 1, 2, 3)
     weight = call.weight.contiguous(memory_format=torch.channels_last_3d)
     grad_padded, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_BTHWO.permute(0, 4, 1, 2, 3), padded_BCTHW, weight, None, call.stride, call.library_padding,
-        call.dilation, False, [0] * 3, call.groups, [_wants_hidden(wanted), wanted.weight, False],
+        call.dilation, False, [0] * 3, call.groups, [wants_hidden(wanted), wanted.weight, False],
     )  # fmt: skip
     if grad_padded is not None:
         grad_padded = fold_space(grad_padded, call.written_space_pad, call.space_padding)
-    return grad_padded, grad_weight
+    return grad_padded, 0, grad_weight
 
 
-def _wants_hidden(wanted: Call) -> bool:
+def wants_hidden(wanted: Call) -> bool:
     return any((wanted.x, wanted.state, wanted.norm_weight, wanted.norm_bias, wanted.statistics))
 
 
-def _padded_gradient(call: Call, wanted: Call, grad_BTHWO: Tensor | None) -> tuple[Tensor, int]:
+def padded_gradient(
+    call: Call, wanted: Call, grad_BTHWO: Tensor | None, convolve: Callable[..., Any] = convolve
+) -> tuple[Tensor, int]:
     """Of what the convolution read, without the padding in space, from some frame on; and that frame, counted from
     the first in front of x. Frames of zeros in front, and a state that wants no gradient, are left out."""
     num_samples, num_channels = call.x.shape[:2]
@@ -132,7 +154,7 @@ def _padded_gradient(call: Call, wanted: Call, grad_BTHWO: Tensor | None) -> tup
         grad.zero_()
     else:
         origin = [first_frame - (0 if call.state is not None else call.time_pad), -top, -left]
-        input_gradient(_OP, Source(grad_BTHWO), call.weight, call.taps, grad, origin, call.groups)
+        input_gradient(_OP, Source(grad_BTHWO), call.weight, call.taps, grad, origin, call.groups, convolve)
     return fold_space(grad, [left, right, top, bottom], call.space_padding), first_frame
 
 

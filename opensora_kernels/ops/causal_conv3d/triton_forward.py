@@ -27,6 +27,11 @@ def forward(*values: Any) -> list[Tensor]:
         statistics = reference.frame_statistics(out) if call.return_statistics else None
     else:
         out, statistics, hidden_BCTHW = _gemm_forward(call, moments_BTG2)
+    return results_of(call, out, hidden_BCTHW, statistics)
+
+
+def results_of(call: Call, out: Tensor, hidden_BCTHW: Tensor, statistics: Tensor | None) -> list[Tensor]:
+    """What the operator returns; `hidden_BCTHW` is x after norm and activation."""
     results = [out]
     if call.return_state:
         num_frames_read = out.shape[2] * call.stride[0]
@@ -49,9 +54,9 @@ def _gemm_forward(call: Call, moments_BTG2: Tensor | None) -> tuple[Tensor, Tens
 
 
 def kernel_weight(weight: Tensor) -> Tensor:
-    """(O, taps, C / groups), contiguous: in place where the weight is channels last, else a copy (at 512 channels of 14
-    MB, a hundredth of such a layer's time)."""
-    return weight.permute(0, 2, 3, 4, 1).flatten(1, 3).contiguous()
+    """(O, taps, C / groups). Kernels that want it dense take it in place where the weight is channels last, else a copy
+    (at 512 channels of 14 MB, a hundredth of such a layer's time)."""
+    return weight.permute(0, 2, 3, 4, 1).flatten(1, 3)
 
 
 def _library_forward(call: Call, moments_BTG2: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -61,7 +66,11 @@ def _library_forward(call: Call, moments_BTG2: Tensor | None) -> tuple[Tensor, T
     out = out.contiguous(memory_format=call.layout)
     if call.residual is not None:
         out.add_(call.residual)
+    return out, without_padding(call, padded_BCTHW)
+
+
+def without_padding(call: Call, padded_BCTHW: Tensor) -> Tensor:
+    """x after norm and activation, inside what `prepared` padded."""
     left, _, top, _ = call.written_space_pad
     height, width = call.x.shape[3:]
-    hidden = padded_BCTHW[:, :, call.num_front :, top : top + height, left : left + width]
-    return out, hidden
+    return padded_BCTHW[:, :, call.num_front :, top : top + height, left : left + width]
