@@ -196,7 +196,7 @@ void forward(const Tensor& x, const std::optional<Tensor>& state, const Tensor& 
 
 void weight_gradient(const Tensor& x, const std::optional<Tensor>& state, const Tensor& grad, Triple kernel,
                      Triple step, Triple dilation, Triple start, bool replicates_front, int64_t space_padding,
-                     const Tensor& grad_weight) {
+                     const Tensor& grad_weight, const std::optional<Tensor>& grad_bias) {
   ConvolutionWeightGradient convolution{};
   convolution.x = clip_of("x", x, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -207,6 +207,10 @@ void weight_gradient(const Tensor& x, const std::optional<Tensor>& state, const 
               ScalarType::Float, x);
   convolution.grad = grad.const_data_ptr();
   convolution.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
+  if (grad_bias.has_value()) {
+    check_dense("grad_bias", *grad_bias, {grad.size(4)}, ScalarType::Float, x);
+    convolution.grad_bias = floats(grad_bias);
+  }
   const std::optional<Tensor> workspace = workspace_of(x, causal_conv3d_weight_gradient_sm80_workspace(convolution));
   convolution.workspace = floats(workspace);
   STD_CUDA_CHECK(causal_conv3d_weight_gradient_sm80(convolution, current_stream(x)));
