@@ -10,9 +10,8 @@ namespace {
 
 using namespace sm80;
 
-// Two blocks for each SM where its shared memory holds them, so at most 128 registers.
 template <class Type, int kTileOut>
-__global__ void __launch_bounds__(kNumThreads, 2)
+__global__ void __launch_bounds__(kNumThreads, kBlocksOfMultiprocessor)
     forward_kernel(const __grid_constant__ Operands operands, const __grid_constant__ Geometry geometry) {
   using Layout = ForwardLayout<kTileOut>;
   extern __shared__ __align__(128) char shared[];

@@ -41,12 +41,13 @@ class Replay:
     def weight_gradient(
         self, x: Tensor, state: Tensor | None, grad: Tensor, kernel: list[int], step: list[int], dilation: list[int],
         start: list[int], replicates_front: bool, space_padding: int, grad_weight: Tensor, grad_bias: Tensor | None,
-        *, tile_out: int = 0, num_splits: int = 0,
+        *, is_wide: bool = False, tile_out: int = 0, num_splits: int = 0,
     ) -> None:  # fmt: skip
-        """As torch.ops.opensora_kernels.causal_conv3d_cuda_weight_gradient."""
+        """As torch.ops.opensora_kernels.causal_conv3d_cuda_weight_gradient; `is_wide`: by wgmma, as on sm_90a."""
         numbers = _numbers(x, state, grad, kernel, step, dilation, start, replicates_front, space_padding)
         tensors = (x, state, grad, grad_weight, grad_bias)
-        is_right = self._library.replay_weight_gradient(numbers, tile_out, num_splits, *map(_pointer, tensors))
+        options = (ctypes.c_bool(is_wide), tile_out, num_splits)
+        is_right = self._library.replay_weight_gradient(numbers, *options, *map(_pointer, tensors))
         assert is_right, "a copy left its tensor or was not aligned"
 
 

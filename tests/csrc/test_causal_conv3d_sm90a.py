@@ -12,6 +12,7 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def replayed(
     monkeypatch.setattr(cuda_kernel, "_has_copy_engine", lambda device: request.param == "sm_90")
     with torch.library._scoped_library("opensora_kernels", "IMPL") as library:
         library.impl("causal_conv3d_cuda_forward", forward, "CPU")
-        library.impl("causal_conv3d_cuda_weight_gradient", sm80_replay.weight_gradient, "CPU")
+        weight_gradient = partial(sm80_replay.weight_gradient, is_wide=request.param == "sm_90")
+        library.impl("causal_conv3d_cuda_weight_gradient", weight_gradient, "CPU")
         yield
 
 
