@@ -4,6 +4,7 @@
 #include "causal_conv3d.h"
 #include "causal_conv3d_sm80_steps.h"
 #include "mma_sm80.h"
+#include "shared_memory.h"
 
 namespace opensora {
 namespace {
@@ -61,12 +62,12 @@ cudaError_t launch(const Operands& operands, const Geometry& geometry, cudaStrea
   if (num_blocks > INT32_MAX) {
     return cudaErrorInvalidValue;
   }
-  auto* kernel = forward_kernel<Type, kTileOut>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t error = allow_shared_memory<forward_kernel<Type, kTileOut>, kBytes>();
   if (error != cudaSuccess) {
     return error;
   }
-  kernel<<<static_cast<unsigned>(num_blocks), kNumThreads, kBytes, stream>>>(operands, geometry);
+  forward_kernel<Type, kTileOut>
+      <<<static_cast<unsigned>(num_blocks), kNumThreads, kBytes, stream>>>(operands, geometry);
   return cudaGetLastError();
 }
 

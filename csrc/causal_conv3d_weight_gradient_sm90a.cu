@@ -5,6 +5,7 @@
 #include "hopper.h"
 #include "hopper_products.h"
 #include "mma_sm80.h"
+#include "shared_memory.h"
 
 namespace opensora {
 namespace {
@@ -78,12 +79,12 @@ __global__ void __launch_bounds__(kNumThreads, 2)
 template <class Type, int kTileOut>
 cudaError_t launch_kernel(const GradientLaunch& launch, cudaStream_t stream) {
   constexpr int kBytes = GradientLayout<kTileOut>::kBytes + kAlignment;
-  auto* kernel = weight_gradient_kernel<Type, kTileOut>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t error = allow_shared_memory<weight_gradient_kernel<Type, kTileOut>, kBytes>();
   if (error != cudaSuccess) {
     return error;
   }
-  kernel<<<launch.grid<kTileOut>(), kNumThreads, kBytes, stream>>>(launch.operands, launch.geometry, launch.num_steps);
+  weight_gradient_kernel<Type, kTileOut>
+      <<<launch.grid<kTileOut>(), kNumThreads, kBytes, stream>>>(launch.operands, launch.geometry, launch.num_steps);
   return cudaGetLastError();
 }
 
