@@ -15,9 +15,10 @@ using namespace opensora;
 using namespace opensora::sm80;
 
 template <class Type, int kTileOut>
-bool replay_forward_block(int index, const Operands& operands, const Geometry& g, const std::vector<Range>& ranges) {
+bool replay_forward_block(int index, const Operands& operands, const Geometry& g, const std::vector<Range>& ranges,
+                          bool lands_at_once) {
   using Layout = ForwardLayout<kTileOut>;
-  Machine machine(Layout::kBytes, ranges);
+  Machine machine(Layout::kBytes, ranges, lands_at_once);
   const ForwardBlock block = forward_block(index, g, kTileOut);
   std::vector<ForwardCopies<kTileOut>> copies;
   each_thread([&](int thread) { copies.emplace_back(thread, machine.shared(), block, operands, g); });
@@ -61,9 +62,9 @@ bool replay_forward_block(int index, const Operands& operands, const Geometry& g
 
 template <class Type, int kTileOut>
 bool replay_gradient_block(int index, int split, int num_splits, const GradientOperands& operands, const Geometry& g,
-                           const std::vector<Range>& ranges) {
+                           const std::vector<Range>& ranges, bool lands_at_once) {
   using Layout = GradientLayout<kTileOut>;
-  Machine machine(Layout::kBytes, ranges);
+  Machine machine(Layout::kBytes, ranges, lands_at_once);
   const int num_steps_in_all = static_cast<int>(num_gradient_steps(g));
   const GradientBlock block = gradient_block(index, g, kTileOut);
   const int first_step = first_step_of_split(split, num_splits, num_steps_in_all);
@@ -104,9 +105,9 @@ bool replay_gradient_block(int index, int split, int num_splits, const GradientO
 
 template <class Type, int kTileOut>
 bool replay_wide_gradient_block(int index, int split, int num_splits, const GradientOperands& operands,
-                                const Geometry& g, const std::vector<Range>& ranges) {
+                                const Geometry& g, const std::vector<Range>& ranges, bool lands_at_once) {
   using Layout = GradientLayout<kTileOut>;
-  Machine machine(Layout::kBytes, ranges);
+  Machine machine(Layout::kBytes, ranges, lands_at_once);
   const int num_steps_in_all = static_cast<int>(num_gradient_steps(g));
   const GradientBlock block = gradient_block(index, g, kTileOut);
   const int first_step = first_step_of_split(split, num_splits, num_steps_in_all);
@@ -117,6 +118,13 @@ bool replay_wide_gradient_block(int index, int split, int num_splits, const Grad
   std::vector<typename HostGroup<Type, kTileOut>::Sums> sums(sm90::kNumGroups);
   typename HostWarp<Type>::Sums bias_sums[kNumWarps];
   const auto copy = [&](int byte, const void* source, bool is_read) { machine.copy(byte, source, is_read); };
+  int slot_of_products = -1;
+  const auto finish = [&] {
+    for (int group = 0; group < sm90::kNumGroups && slot_of_products >= 0; ++group) {
+      sm90::multiply_gradient<kTileOut>(groups[group], slot_of_products * Layout::kSlotBytes, sums[group]);
+    }
+    slot_of_products = -1;
+  };
   const auto each_bias_warp = [&](auto function) {
     for (int index = 0; index < kNumWarps; ++index) {
       HostWarp<Type> warp{machine.shared(), index};
@@ -130,13 +138,16 @@ bool replay_wide_gradient_block(int index, int split, int num_splits, const Grad
       [&](int step, int slot) {
         each_thread([&](int thread) { copies[thread].step(step, slot * Layout::kSlotBytes, copy); });
       },
-      [&] { machine.commit(); }, [&] { machine.wait(kNumStages - 2); },
+      [&] { machine.commit(); },
+      [&] {
+        finish();
+        machine.wait(kNumStages - 2);
+      },
       [&](int slot) {
-        for (int group = 0; group < sm90::kNumGroups; ++group) {
-          sm90::multiply_gradient<kTileOut>(groups[group], slot * Layout::kSlotBytes, sums[group]);
-        }
+        slot_of_products = slot;  // they run until they are waited for
         each_bias_warp([&](auto& warp, auto& sum) { sm90::multiply_bias(warp, slot * Layout::kSlotBytes, sum); });
       });
+  finish();
   for (int group = 0; group < sm90::kNumGroups; ++group) {
     for (int thread = 0; thread < sm90::kGroupThreads; ++thread) {
       sm90::store_gradient<kTileOut>(group, thread, sums[group].values[thread], block, split, operands, g);
@@ -196,9 +207,9 @@ int64_t clip_elements(const Geometry& g, int num_frames, int64_t sample_stride, 
 
 // Each returns whether every copy was aligned and inside its tensor. is_wide: by wgmma. A tile_out of 0 is the kernel's
 // choice.
-extern "C" bool replay_forward(const int64_t* numbers, int tile_out, const uint16_t* x, const uint16_t* state,
-                               const uint16_t* weight, const uint16_t* bias, const uint16_t* residual, uint16_t* out,
-                               float* statistics) {
+extern "C" bool replay_forward(const int64_t* numbers, bool lands_at_once, int tile_out, const uint16_t* x,
+                               const uint16_t* state, const uint16_t* weight, const uint16_t* bias,
+                               const uint16_t* residual, uint16_t* out, float* statistics) {
   const auto [shape, g] = problem_of(numbers);
   tile_out = tile_out == 0 ? tile_out_of(g.num_out) : tile_out;
   const std::vector<Range> ranges = {
@@ -211,10 +222,10 @@ extern "C" bool replay_forward(const int64_t* numbers, int tile_out, const uint1
                               std::numeric_limits<float>::quiet_NaN());
   const Operands operands{x, state, weight, bias, residual, out, statistics == nullptr ? nullptr : partials.data()};
   for (int block = 0; block < num_forward_blocks(g, tile_out); ++block) {
-    const bool is_right = with_kernel(shape.is_bfloat16, tile_out,
-                                      [&]<class Type, int kTileOut>(Type, std::integral_constant<int, kTileOut>) {
-                                        return replay_forward_block<Type, kTileOut>(block, operands, g, ranges);
-                                      });
+    const bool is_right = with_kernel(
+        shape.is_bfloat16, tile_out, [&]<class Type, int kTileOut>(Type, std::integral_constant<int, kTileOut>) {
+          return replay_forward_block<Type, kTileOut>(block, operands, g, ranges, lands_at_once);
+        });
     if (!is_right) {
       return false;
     }
@@ -231,8 +242,8 @@ extern "C" bool replay_forward(const int64_t* numbers, int tile_out, const uint1
   return true;
 }
 
-extern "C" bool replay_weight_gradient(const int64_t* numbers, bool is_wide, int tile_out, int num_splits,
-                                       const uint16_t* x, const uint16_t* state, const uint16_t* grad,
+extern "C" bool replay_weight_gradient(const int64_t* numbers, bool lands_at_once, bool is_wide, int tile_out,
+                                       int num_splits, const uint16_t* x, const uint16_t* state, const uint16_t* grad,
                                        float* grad_weight, float* grad_bias) {
   const auto [shape, g] = problem_of(numbers);
   tile_out = tile_out == 0 ? tile_out_of(g.num_out) : tile_out;
@@ -252,7 +263,8 @@ extern "C" bool replay_weight_gradient(const int64_t* numbers, bool is_wide, int
       const bool is_right = with_kernel(
           shape.is_bfloat16, tile_out, [&]<class Type, int kTileOut>(Type, std::integral_constant<int, kTileOut>) {
             return (is_wide ? replay_wide_gradient_block<Type, kTileOut>
-                            : replay_gradient_block<Type, kTileOut>)(block, split, num_splits, operands, g, ranges);
+                            : replay_gradient_block<Type, kTileOut>)(block, split, num_splits, operands, g, ranges,
+                                                                     lands_at_once);
           });
       if (!is_right) {
         return false;

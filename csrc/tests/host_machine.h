@@ -1,6 +1,6 @@
 // A machine for the kernels' steps on the host: shared memory as bytes, copies that arrive as late as the pipeline
-// allows, ldmatrix, mma and wgmma worked out lane by lane. What is not written yet is 0xff everywhere, which is NaN in
-// every type.
+// allows or at once, products of wgmma that run as late as it allows, ldmatrix, mma and wgmma worked out lane by lane.
+// What is not written yet is 0xff everywhere, which is NaN in every type.
 #pragma once
 
 #include <cstring>
@@ -19,7 +19,8 @@ struct Range {
 // Shared memory of a block, and its copies on their way.
 class Machine {
  public:
-  Machine(int num_bytes, std::vector<Range> ranges) : ranges_(std::move(ranges)), bytes_(num_bytes + 16, '\xff') {}
+  Machine(int num_bytes, std::vector<Range> ranges, bool lands_at_once)
+      : ranges_(std::move(ranges)), bytes_(num_bytes + 16, '\xff'), lands_at_once_(lands_at_once) {}
 
   char* shared() {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 15) / 16 * 16);
@@ -35,6 +36,9 @@ class Machine {
       std::memcpy(copy.vector.words, source, kVectorBytes);
     }
     newest_.push_back(copy);
+    if (lands_at_once_) {
+      land(copy);
+    }
   }
 
   void commit() {
@@ -46,7 +50,9 @@ class Machine {
   void wait(size_t num_left) {
     while (groups_.size() > num_left) {
       for (const Copy& copy : groups_.front()) {
-        std::memcpy(shared() + copy.byte, copy.vector.words, kVectorBytes);
+        if (!lands_at_once_) {
+          land(copy);
+        }
       }
       groups_.pop_front();
     }
@@ -62,6 +68,10 @@ class Machine {
     Vector vector;
   };
 
+  void land(const Copy& copy) {
+    std::memcpy(shared() + copy.byte, copy.vector.words, kVectorBytes);
+  }
+
   bool is_readable(const void* source) const {
     const auto at = reinterpret_cast<uintptr_t>(source);
     for (const Range& range : ranges_) {
@@ -75,6 +85,7 @@ class Machine {
 
   std::vector<Range> ranges_;
   std::vector<char> bytes_;
+  bool lands_at_once_;
   std::vector<Copy> newest_;
   std::deque<std::vector<Copy>> groups_;
   bool is_wrong_ = false;

@@ -51,7 +51,7 @@ class Layer:
     has_statistics: bool = False
     dtype: torch.dtype = torch.bfloat16
     tile_out: int = 0
-    num_splits: int = 0
+    num_splits: int = 1  # so that even a small clip fills the ring of slots
 
     def call(self, seed: int = 0) -> Call:
         torch.manual_seed(seed)
@@ -78,7 +78,7 @@ class Layer:
 LAYERS = {
     "plain": Layer(),
     "odd": Layer((40, 8), (2, 9, 17), kernel=(2, 3, 5), space_pad=(2, 2, 1, 1), time_pad=1, has_bias=False),
-    "wide": Layer((72, 136), (2, 5, 6), has_residual=True, has_statistics=True),
+    "wide": Layer((72, 136), (2, 5, 6), has_residual=True, has_statistics=True, num_splits=0),
     "many_tiles": Layer((8, 16), (2, 13, 23), 2, has_residual=True, has_statistics=True),
     "tile_96": Layer((96, 96), (2, 4, 5), tile_out=96, has_statistics=True, dtype=torch.float16),
     "tile_64": Layer((24, 64), (3, 6, 6), tile_out=64, has_residual=True, dtype=torch.float16, num_splits=3),
