@@ -190,6 +190,11 @@ OPENSORA_HOST_DEVICE constexpr uint64_t operand_descriptor(uint32_t address) {
          uint64_t{1} << 62;
 }
 
+// The operand `num_bytes` further on, in one addition: all of shared memory fits the address's bits.
+OPENSORA_HOST_DEVICE constexpr uint64_t moved(uint64_t descriptor, uint32_t num_bytes) {
+  return descriptor + (num_bytes >> 4);
+}
+
 // ---- Results ----
 
 // Row (of 64) and channel (of N) of register `index` of a thread of a warpgroup.

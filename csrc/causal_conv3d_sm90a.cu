@@ -100,14 +100,14 @@ __device__ void load_tiles(const Arguments& arguments, const Slots<N>& slots) {
 // One batch: a weight slot times the positions of a warpgroup, `kSteps` steps of the sum. Without a branch inside,
 // since ptxas counts every basic block with products as a batch of its own, and waits for too many.
 template <class Type, int N, int kSteps>
-__device__ __forceinline__ void multiply_slots(uint32_t clip, uint32_t weight, float (&sums)[Tile<N>::kBlocks][N / 2]) {
+__device__ __forceinline__ void multiply_slots(uint64_t left, uint64_t right, float (&sums)[Tile<N>::kBlocks][N / 2]) {
   hopper::products_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int block = 0; block < Tile<N>::kBlocks; ++block) {
-      hopper::multiply(Type(), sums[block], operand_descriptor(clip + clip_operand(block, 0, step)),
-                       operand_descriptor(weight + weight_operand(step)));
+      hopper::multiply(Type(), sums[block], moved(left, clip_operand(block, 0, step)),
+                       moved(right, weight_operand(step)));
     }
   }
   hopper::products_commit();
@@ -133,8 +133,8 @@ __device__ void multiply_tile(const Schedule& schedule, int count, int consumer,
       hopper::barrier_wait(slots.clip_full(clip.slot), clip.phase);
     }
     hopper::barrier_wait(slots.weight_full(weight.slot), weight.phase);
-    const uint32_t left = slots.clip(clip.slot) + clip_operand(consumer * kBlocks, row_tap, 0);
-    const uint32_t right = slots.weight(weight.slot);
+    const uint64_t left = operand_descriptor(slots.clip(clip.slot) + clip_operand(consumer * kBlocks, row_tap, 0));
+    const uint64_t right = operand_descriptor(slots.weight(weight.slot));
     switch (num_steps(schedule, chunk)) {
       case 4:
         multiply_slots<Type, N, 4>(left, right, sums);

@@ -63,6 +63,8 @@ void test_descriptor() {
     expect((descriptor & 0x3FFF) * 16 == address, "descriptor's address", address);
     expect((descriptor >> 14 & 3) == 0 && (descriptor >> 16 & 0x3FFF) == 1, "descriptor's leading offset", address);
     expect((descriptor >> 32 & 0x3FFF) * 16 == 1024, "descriptor's stride", address);
+    expect(moved(operand_descriptor(4096), address) == operand_descriptor(4096 + address) || address + 4096 >= 1 << 18,
+           "a moved descriptor", address);
     expect((descriptor >> 46 & 0xFFFF) == 0 && descriptor >> 62 == 1, "descriptor's layout", address);
   }
 }

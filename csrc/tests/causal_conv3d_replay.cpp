@@ -91,9 +91,10 @@ struct TileReplay {
   void multiply(uint32_t clip, uint32_t weight, int row_tap, int num_steps) {
     static float left[kMmaRows][kMmaDepth], right[N][kMmaDepth], product[kMmaRows][N];
     for (int step = 0; step < num_steps; ++step) {
-      read_operand<Type>(shared.data(), operand_descriptor(weight + weight_operand(step)), N, right);
+      read_operand<Type>(shared.data(), moved(operand_descriptor(weight), weight_operand(step)), N, right);
       for (int whole = 0; whole < kNumConsumers * kBlocks; ++whole) {
-        const uint64_t descriptor = operand_descriptor(clip + clip_operand(whole, row_tap, step));
+        const uint32_t first = clip + clip_operand(whole / kBlocks * kBlocks, row_tap, 0);
+        const uint64_t descriptor = moved(operand_descriptor(first), clip_operand(whole % kBlocks, 0, step));
         read_operand<Type>(shared.data(), descriptor, kMmaRows, left);
         for (int row = 0; row < kMmaRows; ++row) {
           for (int column = 0; column < N; ++column) {
