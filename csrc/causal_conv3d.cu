@@ -130,14 +130,19 @@ Clip state_of(const Tensor& x, const std::optional<Tensor>& state) {
   return clip_of("state", *state, x);
 }
 
-// The kernel for sm_90a is compiled for that alone; it takes every frame and position, and zeros around a frame.
-bool serves_sm90a(const ConvolutionShape& shape) {
+// Kernels for sm_90a are compiled for that alone.
+bool is_sm90() {
   int device = 0, major = 0, minor = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return major == 9 && minor == 0;
+}
+
+// It takes every frame and position, and zeros around a frame.
+bool serves_sm90a(const ConvolutionShape& shape) {
   const bool has_steps = shape.step[0] != 1 || shape.step[1] != 1 || shape.step[2] != 1;
-  return major == 9 && minor == 0 && !has_steps && shape.space_padding == 0;
+  return is_sm90() && !has_steps && shape.space_padding == 0;
 }
 
 cudaStream_t current_stream(const Tensor& x) {
@@ -196,7 +201,7 @@ void forward(const Tensor& x, const std::optional<Tensor>& state, const Tensor& 
 
 void weight_gradient(const Tensor& x, const std::optional<Tensor>& state, const Tensor& grad, Triple kernel,
                      Triple step, Triple dilation, Triple start, bool replicates_front, int64_t space_padding,
-                     const Tensor& grad_weight) {
+                     const Tensor& grad_weight, const std::optional<Tensor>& grad_bias) {
   ConvolutionWeightGradient convolution{};
   convolution.x = clip_of("x", x, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -207,9 +212,14 @@ void weight_gradient(const Tensor& x, const std::optional<Tensor>& state, const 
               ScalarType::Float, x);
   convolution.grad = grad.const_data_ptr();
   convolution.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
-  const std::optional<Tensor> workspace = workspace_of(x, causal_conv3d_weight_gradient_sm80_workspace(convolution));
+  if (grad_bias.has_value()) {
+    check_dense("grad_bias", *grad_bias, {grad.size(4)}, ScalarType::Float, x);
+    convolution.grad_bias = floats(grad_bias);
+  }
+  const std::optional<Tensor> workspace = workspace_of(x, causal_conv3d_weight_gradient_workspace(convolution));
   convolution.workspace = floats(workspace);
-  STD_CUDA_CHECK(causal_conv3d_weight_gradient_sm80(convolution, current_stream(x)));
+  STD_CUDA_CHECK(is_sm90() ? causal_conv3d_weight_gradient_sm90a(convolution, current_stream(x))
+                           : causal_conv3d_weight_gradient_sm80(convolution, current_stream(x)));
 }
 
 }  // namespace

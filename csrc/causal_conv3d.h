@@ -53,11 +53,12 @@ struct ConvolutionWeightGradient {
 cudaError_t causal_conv3d_sm90a(const ConvolutionForward& convolution, cudaStream_t stream);
 cudaError_t causal_conv3d_sm80(const ConvolutionForward& convolution, cudaStream_t stream);
 cudaError_t causal_conv3d_weight_gradient_sm80(const ConvolutionWeightGradient& convolution, cudaStream_t stream);
+cudaError_t causal_conv3d_weight_gradient_sm90a(const ConvolutionWeightGradient& convolution, cudaStream_t stream);
 
 // Floats of device memory that a launch needs besides its results.
 int64_t causal_conv3d_sm90a_workspace(const ConvolutionForward& convolution);
 int64_t causal_conv3d_sm80_workspace(const ConvolutionForward& convolution);
-int64_t causal_conv3d_weight_gradient_sm80_workspace(const ConvolutionWeightGradient& convolution);
+int64_t causal_conv3d_weight_gradient_workspace(const ConvolutionWeightGradient& convolution);
 
 // In a fixed order of tiles.
 cudaError_t merge_frame_statistics(const FrameStatistics& merge, cudaStream_t stream);

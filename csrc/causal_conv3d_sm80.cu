@@ -4,15 +4,15 @@
 #include "causal_conv3d.h"
 #include "causal_conv3d_sm80_steps.h"
 #include "mma_sm80.h"
+#include "shared_memory.h"
 
 namespace opensora {
 namespace {
 
 using namespace sm80;
 
-// Two blocks for each SM where its shared memory holds them, so at most 128 registers.
 template <class Type, int kTileOut>
-__global__ void __launch_bounds__(kNumThreads, 2)
+__global__ void __launch_bounds__(kNumThreads, kBlocksOfMultiprocessor)
     forward_kernel(const __grid_constant__ Operands operands, const __grid_constant__ Geometry geometry) {
   using Layout = ForwardLayout<kTileOut>;
   extern __shared__ __align__(128) char shared[];
@@ -62,12 +62,12 @@ cudaError_t launch(const Operands& operands, const Geometry& geometry, cudaStrea
   if (num_blocks > INT32_MAX) {
     return cudaErrorInvalidValue;
   }
-  auto* kernel = forward_kernel<Type, kTileOut>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t error = allow_shared_memory<forward_kernel<Type, kTileOut>, kBytes>();
   if (error != cudaSuccess) {
     return error;
   }
-  kernel<<<static_cast<unsigned>(num_blocks), kNumThreads, kBytes, stream>>>(operands, geometry);
+  forward_kernel<Type, kTileOut>
+      <<<static_cast<unsigned>(num_blocks), kNumThreads, kBytes, stream>>>(operands, geometry);
   return cudaGetLastError();
 }
 

@@ -94,7 +94,7 @@ class GradientCopies {
 
   OPENSORA_KERNEL_PART int byte(int i) const {
     const Cell cell = copied_cell<kGradientRowVectors>(thread_, i);
-    return swizzled<kGradientRowVectors>(cell.row, cell.vector);
+    return swizzled_half(cell.row, cell.vector);
   }
 
   const Geometry& g;
@@ -118,11 +118,17 @@ OPENSORA_KERNEL_PART bool warp_sums_bias(int warp, const GradientBlock& block, c
   return o.bias_sums != nullptr && block.is_first_of_row && warp_column(warp) < GradientLayout<kTileOut>::kMatricesOut;
 }
 
+constexpr int kRowBytes = 8 * kVectorBytes;
+
+// Of a lane's cell in a block of two vectors from the even vector `first` on.
+OPENSORA_KERNEL_PART int byte_of_cell(Cell cell, int first) {
+  return first / 8 * kHalfBytes + other_vector(swizzled<8>(cell.row, cell.vector), first % 8);
+}
+
 template <int kTileOut, class Warp, class Sums>
 OPENSORA_KERNEL_PART void multiply_gradient(Warp& warp, int slot_byte, bool sums_bias,
                                             Sums (&sums)[GradientLayout<kTileOut>::kMatricesOut][4], Sums& bias_sums) {
   using Layout = GradientLayout<kTileOut>;
-  constexpr int kRowBytes = kGradientRowVectors * kVectorBytes;
   const Element origin = gradient_warp_origin(warp.index, kTileOut);
   OPENSORA_UNROLL
   for (int k = 0; k < kStepPositions; k += 16) {
@@ -131,16 +137,14 @@ OPENSORA_KERNEL_PART void multiply_gradient(Warp& warp, int slot_byte, bool sums
     for (int j = 0; j < Layout::kMatricesX; ++j) {
       x[j] = warp.load_transposed([&](int lane) {
         const Cell cell = matrix_cell_rows_first(lane);
-        const int byte = swizzled<kGradientRowVectors>(cell.row, cell.vector);
-        return slot_byte + Layout::kGradBytes + k * kRowBytes + other_vector(byte, (origin.column + 16 * j) / kVector);
+        return slot_byte + Layout::kGradBytes + k * kRowBytes + byte_of_cell(cell, (origin.column + 16 * j) / kVector);
       });
     }
     OPENSORA_UNROLL
     for (int i = 0; i < Layout::kMatricesOut; ++i) {
       const typename Warp::Matrices grad = warp.load_transposed([&](int lane) {
         const Cell cell = matrix_cell_vectors_first(lane);
-        const int byte = swizzled<kGradientRowVectors>(cell.row, cell.vector);
-        return slot_byte + k * kRowBytes + other_vector(byte, (origin.row + 16 * i) / kVector);
+        return slot_byte + k * kRowBytes + byte_of_cell(cell, (origin.row + 16 * i) / kVector);
       });
       OPENSORA_UNROLL
       for (int j = 0; j < 2 * Layout::kMatricesX; ++j) {

@@ -253,7 +253,7 @@ OPENSORA_HOST_DEVICE GradientStep gradient_step(int step, const Geometry& g) {
 
 // ---- shared memory and registers --------------------------------------------------------------------------------
 
-// Byte of a 16-byte vector in rows of 8 or 16 vectors. The exclusive or makes the 8 rows that one phase of ldmatrix
+// Byte of a 16-byte vector in rows of 8 vectors. The exclusive or makes the 8 rows that one phase of ldmatrix
 // reads at the same vector, and the 8 vectors of a row that one phase of a copy writes, fall into 8 different groups of
 // banks.
 template <int kRowVectors>
@@ -266,6 +266,13 @@ OPENSORA_HOST_DEVICE constexpr int swizzled(int row, int vector) {
 // own would fill 24 registers.
 OPENSORA_HOST_DEVICE constexpr int other_vector(int byte, int by) {
   return byte ^ (by * kVectorBytes);
+}
+
+// Weight gradient: a factor's rows of 16 vectors lie in two halves of 8, as wgmma reads them.
+constexpr int kHalfBytes = kStepPositions * 8 * kVectorBytes;
+
+OPENSORA_HOST_DEVICE constexpr int swizzled_half(int row, int vector) {
+  return vector / 8 * kHalfBytes + swizzled<8>(row, vector % 8);
 }
 
 // Rows of the result before they are stored: 16 bytes more, so that the 8 rows of an accumulator meet no bank twice.
@@ -319,7 +326,7 @@ OPENSORA_HOST_DEVICE constexpr Element forward_warp_origin(int warp, int tile_ou
   return {(warp & 3) * 32, (warp >> 2) * (tile_out / 2)};
 }
 
-// Weight gradient: 2 x 4 warps of half of the output channels by 32 columns.
+// Weight gradient by mma.sync: 2 x 4 warps of half of the output channels by 32 columns.
 OPENSORA_HOST_DEVICE constexpr Element gradient_warp_origin(int warp, int tile_out) {
   return {(warp & 1) * (tile_out / 2), (warp >> 1) * 32};
 }

@@ -41,8 +41,9 @@ struct Operands {
   float* partials;           // (B, T', tiles, O, 2) or null
 };
 
-// A ring of slots in shared memory, filled `kNumStages - 1` steps ahead.
-template <class Copy, class Commit, class Wait, class Multiply>
+// A ring of slots in shared memory, filled `kNumStages - 1` steps ahead. Products that run by themselves are started
+// first, so that the next copies are worked out meanwhile.
+template <bool kMultipliesFirst = false, class Copy, class Commit, class Wait, class Multiply>
 OPENSORA_KERNEL_PART void run_pipeline(int num_steps, Copy copy, Commit commit, Wait wait, Multiply multiply) {
   for (int step = 0; step < kNumStages - 1; ++step) {
     if (step < num_steps) {
@@ -55,11 +56,16 @@ OPENSORA_KERNEL_PART void run_pipeline(int num_steps, Copy copy, Commit commit, 
     // All groups but the newest kNumStages - 2 have arrived for every thread, and no warp still reads the slot that
     // the step before used, which is filled next.
     wait();
+    if constexpr (kMultipliesFirst) {
+      multiply(slot);
+    }
     if (step + kNumStages - 1 < num_steps) {
       copy(step + kNumStages - 1, free_slot);
     }
     commit();
-    multiply(slot);
+    if constexpr (!kMultipliesFirst) {
+      multiply(slot);
+    }
     free_slot = slot;
     slot = slot + 1 == kNumStages ? 0 : slot + 1;
   }

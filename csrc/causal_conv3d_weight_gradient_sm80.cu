@@ -3,7 +3,9 @@
 
 #include "causal_conv3d.h"
 #include "causal_conv3d_sm80_gradient_steps.h"
+#include "causal_conv3d_weight_gradient.h"
 #include "mma_sm80.h"
+#include "shared_memory.h"
 
 namespace opensora {
 namespace {
@@ -11,7 +13,7 @@ namespace {
 using namespace sm80;
 
 template <class Type, int kTileOut>
-__global__ void __launch_bounds__(kNumThreads, 2)
+__global__ void __launch_bounds__(kNumThreads, kBlocksOfMultiprocessor)
     weight_gradient_kernel(const __grid_constant__ GradientOperands operands, const __grid_constant__ Geometry geometry,
                            int num_steps_in_all) {
   using Layout = GradientLayout<kTileOut>;
@@ -65,29 +67,26 @@ __global__ void merge_kernel(const float* sums, int num_splits, int64_t split_st
 }
 
 template <class Type, int kTileOut>
-cudaError_t launch(int num_splits, int num_steps, const GradientOperands& operands, const Geometry& geometry,
-                   cudaStream_t stream) {
+cudaError_t launch_kernel(const GradientLaunch& launch, cudaStream_t stream) {
   constexpr int kBytes = GradientLayout<kTileOut>::kBytes;
-  auto* kernel = weight_gradient_kernel<Type, kTileOut>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t error = allow_shared_memory<weight_gradient_kernel<Type, kTileOut>, kBytes>();
   if (error != cudaSuccess) {
     return error;
   }
-  const dim3 grid(static_cast<unsigned>(num_gradient_blocks(geometry, kTileOut)), static_cast<unsigned>(num_splits));
-  kernel<<<grid, kNumThreads, kBytes, stream>>>(operands, geometry, num_steps);
+  weight_gradient_kernel<Type, kTileOut>
+      <<<launch.grid<kTileOut>(), kNumThreads, kBytes, stream>>>(launch.operands, launch.geometry, launch.num_steps);
   return cudaGetLastError();
 }
 
 template <class Type>
-cudaError_t launch(int tile_out, int num_splits, int num_steps, const GradientOperands& operands,
-                   const Geometry& geometry, cudaStream_t stream) {
-  switch (tile_out) {
+cudaError_t launch_kernel(const GradientLaunch& launch, cudaStream_t stream) {
+  switch (launch.tile_out) {
     case 64:
-      return launch<Type, 64>(num_splits, num_steps, operands, geometry, stream);
+      return launch_kernel<Type, 64>(launch, stream);
     case 96:
-      return launch<Type, 96>(num_splits, num_steps, operands, geometry, stream);
+      return launch_kernel<Type, 96>(launch, stream);
     default:
-      return launch<Type, 128>(num_splits, num_steps, operands, geometry, stream);
+      return launch_kernel<Type, 128>(launch, stream);
   }
 }
 
@@ -106,15 +105,8 @@ int64_t split_stride_of(const ConvolutionWeightGradient& convolution, const Geom
   return num_weights_of(g) + (convolution.grad_bias == nullptr ? 0 : g.num_out);
 }
 
-}  // namespace
-
-int64_t causal_conv3d_weight_gradient_sm80_workspace(const ConvolutionWeightGradient& convolution) {
-  const Geometry g = geometry_of(convolution);
-  const int num_splits = num_splits_of(g);
-  return num_splits < 2 ? 0 : num_splits * split_stride_of(convolution, g);
-}
-
-cudaError_t causal_conv3d_weight_gradient_sm80(const ConvolutionWeightGradient& convolution, cudaStream_t stream) {
+cudaError_t weight_gradient(const ConvolutionWeightGradient& convolution,
+                            cudaError_t (*launch_one)(const GradientLaunch&, cudaStream_t), cudaStream_t stream) {
   const Geometry geometry = geometry_of(convolution);
   const int64_t num_weights = num_weights_of(geometry), num_steps = num_gradient_steps(geometry);
   const int64_t split_stride = split_stride_of(convolution, geometry);
@@ -136,8 +128,8 @@ cudaError_t causal_conv3d_weight_gradient_sm80(const ConvolutionWeightGradient& 
       split_stride,
   };
   const int tile_out = tile_out_of(geometry.num_out);
-  const auto launch_for = convolution.shape.is_bfloat16 ? launch<BFloat16> : launch<Float16>;
-  const cudaError_t error = launch_for(tile_out, num_splits, static_cast<int>(num_steps), operands, geometry, stream);
+  const cudaError_t error = launch_one(
+      {operands, geometry, tile_out, num_splits, static_cast<int>(num_steps), convolution.shape.is_bfloat16}, stream);
   if (error != cudaSuccess || !has_shares) {
     return error;
   }
@@ -145,6 +137,26 @@ cudaError_t causal_conv3d_weight_gradient_sm80(const ConvolutionWeightGradient& 
   merge_kernel<<<static_cast<unsigned>(num_blocks), kNumThreads, 0, stream>>>(
       convolution.workspace, num_splits, split_stride, num_weights, convolution.grad_weight, convolution.grad_bias);
   return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_weight_gradient_sm80(const GradientLaunch& launch, cudaStream_t stream) {
+  return launch.is_bfloat16 ? launch_kernel<BFloat16>(launch, stream) : launch_kernel<Float16>(launch, stream);
+}
+
+int64_t causal_conv3d_weight_gradient_workspace(const ConvolutionWeightGradient& convolution) {
+  const Geometry g = geometry_of(convolution);
+  const int num_splits = num_splits_of(g);
+  return num_splits < 2 ? 0 : num_splits * split_stride_of(convolution, g);
+}
+
+cudaError_t causal_conv3d_weight_gradient_sm80(const ConvolutionWeightGradient& convolution, cudaStream_t stream) {
+  return weight_gradient(convolution, launch_weight_gradient_sm80, stream);
+}
+
+cudaError_t causal_conv3d_weight_gradient_sm90a(const ConvolutionWeightGradient& convolution, cudaStream_t stream) {
+  return weight_gradient(convolution, launch_weight_gradient_sm90a, stream);
 }
 
 }  // namespace opensora

@@ -8,8 +8,9 @@
 namespace opensora::hopper {
 
 // An instruction names each of a thread's N / 2 sums, so that there is one function for each N. After them come the
-// descriptors of both factors, whether to add to the sums (1), the factors' signs, and 0, 0: the sum runs along the
-// rows of both factors in shared memory, so neither is transposed.
+// descriptors of both factors, whether to add to the sums (1), the factors' signs, and whether they are transposed: the
+// sum runs along the rows of both factors in shared memory (`multiply`), or rows of both follow one another along the
+// sum (`multiply_transposed`).
 #define OPENSORA_SUMS_16(i)                                                                                     \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
       "+f"(sums[i + 6]), "+f"(sums[i + 7]), "+f"(sums[i + 8]), "+f"(sums[i + 9]), "+f"(sums[i + 10]),           \
@@ -30,23 +31,26 @@ namespace opensora::hopper {
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
   "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
-#define OPENSORA_MULTIPLY(Type, dtype, n, num_sums, left_name, right_name, adds_name)                             \
-  __device__ __forceinline__ void multiply(Type, float (&sums)[num_sums], uint64_t left, uint64_t right) {        \
+#define OPENSORA_MULTIPLY(name, transposed, Type, dtype, n, num_sums, left_name, right_name, adds_name)           \
+  __device__ __forceinline__ void name(Type, float (&sums)[num_sums], uint64_t left, uint64_t right) {            \
     asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds_name                                              \
                  ", 0;\n"                                                                                         \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." dtype "." dtype " {" OPENSORA_NAMES_##num_sums \
-                 "}, " left_name ", " right_name ", adds, 1, 1, 0, 0;\n}\n"                                       \
+                 "}, " left_name ", " right_name ", adds, 1, 1, " transposed ", " transposed ";\n}\n"             \
                  : OPENSORA_SUMS_##num_sums                                                                       \
                  : "l"(left), "l"(right), "r"(1));                                                                \
   }
-#define OPENSORA_MULTIPLY_BOTH(...)                \
-  OPENSORA_MULTIPLY(BFloat16, "bf16", __VA_ARGS__) \
-  OPENSORA_MULTIPLY(Float16, "f16", __VA_ARGS__)
+#define OPENSORA_MULTIPLY_BOTH(name, transposed, ...)                \
+  OPENSORA_MULTIPLY(name, transposed, BFloat16, "bf16", __VA_ARGS__) \
+  OPENSORA_MULTIPLY(name, transposed, Float16, "f16", __VA_ARGS__)
 
-OPENSORA_MULTIPLY_BOTH(64, 32, "%32", "%33", "%34")
-OPENSORA_MULTIPLY_BOTH(96, 48, "%48", "%49", "%50")
-OPENSORA_MULTIPLY_BOTH(128, 64, "%64", "%65", "%66")
-OPENSORA_MULTIPLY_BOTH(192, 96, "%96", "%97", "%98")
+OPENSORA_MULTIPLY_BOTH(multiply, "0", 64, 32, "%32", "%33", "%34")
+OPENSORA_MULTIPLY_BOTH(multiply, "0", 96, 48, "%48", "%49", "%50")
+OPENSORA_MULTIPLY_BOTH(multiply, "0", 128, 64, "%64", "%65", "%66")
+OPENSORA_MULTIPLY_BOTH(multiply, "0", 192, 96, "%96", "%97", "%98")
+OPENSORA_MULTIPLY_BOTH(multiply_transposed, "1", 64, 32, "%32", "%33", "%34")
+OPENSORA_MULTIPLY_BOTH(multiply_transposed, "1", 96, 48, "%48", "%49", "%50")
+OPENSORA_MULTIPLY_BOTH(multiply_transposed, "1", 128, 64, "%64", "%65", "%66")
 
 #undef OPENSORA_MULTIPLY_BOTH
 #undef OPENSORA_MULTIPLY

@@ -15,12 +15,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(opensora_kernels, library) {
       "attention_cuda_forward(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? ends, float scale, "
       "Tensor(a!) out, Tensor(b!) lse) -> ()");
   // x (B, T, H, W, C), state (B, S, H, W, C), weight (K, O, C), residual and out (B, T', H', W', O), statistics
-  // (B, O, T', 2); grad_weight (K, O, C) in float32. causal_conv3d.h says what the numbers mean.
+  // (B, O, T', 2); grad_weight (K, O, C) and grad_bias (O,) in float32. causal_conv3d.h says what the numbers mean.
   library.def(
       "causal_conv3d_cuda_forward(Tensor x, Tensor? state, Tensor weight, Tensor? bias, Tensor? residual, "
       "int[] kernel, int[] step, int[] dilation, int[] start, bool replicates_front, int space_padding, "
       "Tensor(a!) out, Tensor(b!)? statistics) -> ()");
   library.def(
       "causal_conv3d_cuda_weight_gradient(Tensor x, Tensor? state, Tensor grad, int[] kernel, int[] step, "
-      "int[] dilation, int[] start, bool replicates_front, int space_padding, Tensor(a!) grad_weight) -> ()");
+      "int[] dilation, int[] start, bool replicates_front, int space_padding, Tensor(a!) grad_weight, "
+      "Tensor(b!)? grad_bias) -> ()");
 }

@@ -1,12 +1,12 @@
 // Every index map of the mma.sync convolution, tried over its whole domain. Prints what is wrong and exits with 1.
 
-#include "../causal_conv3d_sm80_maps.h"
-
 #include <array>
 #include <climits>
 #include <cstdio>
 #include <set>
 #include <vector>
+
+#include "../causal_conv3d_sm90_gradient_steps.h"
 
 namespace {
 
@@ -64,18 +64,14 @@ void divisors() {
 
 // Bytes are distinct, and what is touched at once falls into different banks: 16 bytes span 4 of the 32.
 template <int kRowVectors>
-void swizzle(int num_rows) {
+void swizzle(int num_rows, int (*byte_of)(int, int)) {
   std::set<int> bytes;
   for (int row = 0; row < num_rows; ++row) {
     for (int vector = 0; vector < kRowVectors; ++vector) {
-      const int byte = swizzled<kRowVectors>(row, vector);
+      const int byte = byte_of(row, vector);
       check(byte % 16 == 0 && byte >= 0 && byte < num_rows * kRowVectors * 16, "swizzled", row, vector);
       bytes.insert(byte);
-      check(swizzled<kRowVectors>(row + 16, vector) == byte + 16 * kRowVectors * 16, "swizzled + 16 rows", row, vector);
-      for (int by = 0; by < kRowVectors; by += 2) {
-        check(other_vector(swizzled<kRowVectors>(row, vector & 1), by) == swizzled<kRowVectors>(row, (vector & 1) + by),
-              "other_vector", row, vector, by);
-      }
+      check(byte_of(row + 16, vector) == byte + 16 * 128, "16 rows further", row, vector);
     }
   }
   check(static_cast<int>(bytes.size()) == num_rows * kRowVectors, "swizzled: bytes meet");
@@ -83,7 +79,7 @@ void swizzle(int num_rows) {
     for (int vector = 0; vector < kRowVectors; ++vector) {
       std::set<int> banks;
       for (int row = first; row < first + 8; ++row) {
-        banks.insert(swizzled<kRowVectors>(row, vector) / 16 % 8);
+        banks.insert(byte_of(row, vector) / 16 % 8);
       }
       check(banks.size() == 8, "ldmatrix meets a bank twice", first, vector);
     }
@@ -92,7 +88,7 @@ void swizzle(int num_rows) {
     std::set<int> banks;
     for (int i = 0; i < 8; ++i) {
       const Cell cell = copied_cell<kRowVectors>(thread + i, 0);
-      banks.insert(swizzled<kRowVectors>(cell.row, cell.vector) / 16 % 8);
+      banks.insert(byte_of(cell.row, cell.vector) / 16 % 8);
     }
     check(banks.size() == 8, "a copy meets a bank twice", thread);
   }
@@ -105,6 +101,19 @@ void swizzle(int num_rows) {
     }
   }
   check(static_cast<int>(cells.size()) == num_rows * kRowVectors, "copied_cell: cells are left out");
+}
+
+// Kernels compute one address and step from it.
+void other_vectors() {
+  for (int row = 0; row < 16; ++row) {
+    for (int vector = 0; vector < 2; ++vector) {
+      for (int by = 0; by < kGradientRowVectors; by += 2) {
+        check(by >= 8 || other_vector(swizzled<8>(row, vector), by) == swizzled<8>(row, vector + by), "other_vector",
+              row, vector, by);
+        check(byte_of_cell({row, vector}, by) == swizzled_half(row, vector + by), "byte_of_cell", row, vector, by);
+      }
+    }
+  }
 }
 
 template <int kTileOut>
@@ -163,6 +172,15 @@ void fragments() {
     }
   }
   check(a_cells.size() == 256 && b_cells.size() == 128 && c_cells.size() == 128, "fragments leave elements out");
+  std::set<std::pair<int, int>> group_cells;
+  for (int thread = 0; thread < sm90::kGroupThreads; ++thread) {
+    for (int i = 0; i < 64; ++i) {
+      const Element at = sm90::element_of_sum(thread, i);
+      check(at.row < 64 && at.column < 128, "element_of_sum", thread, i);
+      group_cells.insert({at.row, at.column});
+    }
+  }
+  check(group_cells.size() == 64 * 128, "element_of_sum leaves elements out");
   for (const int tile_out : {64, 96, 128}) {
     std::set<std::pair<int, int>> forward, gradient;
     for (int warp = 0; warp < kNumWarps; ++warp) {
@@ -332,8 +350,9 @@ void blocks() {
 
 int main() {
   divisors();
-  swizzle<kStepVectors>(kTilePositions);
-  swizzle<kGradientRowVectors>(kStepPositions);
+  swizzle<kStepVectors>(kTilePositions, swizzled<kStepVectors>);
+  swizzle<kGradientRowVectors>(kStepPositions, swizzled_half);
+  other_vectors();
   staging<64>();
   staging<96>();
   staging<128>();

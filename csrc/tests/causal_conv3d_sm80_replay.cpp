@@ -1,194 +1,24 @@
-// Replays the mma.sync kernels of causal_conv3d on the host, block by block: the kernels' own steps, with shared memory
-// as bytes, copies that arrive as late as the pipeline allows, and ldmatrix and mma worked out lane by lane.
-//
-// A shared object for ctypes. What is not written yet is 0xff everywhere, which is NaN in every type.
+// Replays the mma.sync kernels of causal_conv3d, and the weight gradient by wgmma, on the host, block by block: the
+// kernels' own steps on the machine of host_machine.h. A shared object for ctypes.
 
-#include <cstring>
-#include <deque>
 #include <limits>
 #include <vector>
 
 #include "../causal_conv3d_sm80_gradient_steps.h"
+#include "../causal_conv3d_sm90_gradient_steps.h"
 #include "../moments.h"
+#include "host_machine.h"
 
 namespace {
 
 using namespace opensora;
 using namespace opensora::sm80;
 
-struct Range {
-  const void* begin;
-  int64_t num_bytes;
-};
-
-// Shared memory of a block, and its copies on their way.
-class Machine {
- public:
-  Machine(int num_bytes, std::vector<Range> ranges) : ranges_(std::move(ranges)), bytes_(num_bytes + 16, '\xff') {}
-
-  char* shared() {
-    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 15) / 16 * 16);
-  }
-
-  void copy(int byte, const void* source, bool is_read) {
-    Copy copy{byte, {}};
-    if (is_read) {
-      is_wrong_ = is_wrong_ || !is_readable(source) || byte % kVectorBytes != 0;
-      if (is_wrong_) {
-        return;
-      }
-      std::memcpy(copy.vector.words, source, kVectorBytes);
-    }
-    newest_.push_back(copy);
-  }
-
-  void commit() {
-    groups_.push_back(std::move(newest_));
-    newest_.clear();
-  }
-
-  // What cp.async.wait_group promises, and no more.
-  void wait(size_t num_left) {
-    while (groups_.size() > num_left) {
-      for (const Copy& copy : groups_.front()) {
-        std::memcpy(shared() + copy.byte, copy.vector.words, kVectorBytes);
-      }
-      groups_.pop_front();
-    }
-  }
-
-  bool is_wrong() const {
-    return is_wrong_;
-  }
-
- private:
-  struct Copy {
-    int byte;
-    Vector vector;
-  };
-
-  bool is_readable(const void* source) const {
-    const auto at = reinterpret_cast<uintptr_t>(source);
-    for (const Range& range : ranges_) {
-      const auto begin = reinterpret_cast<uintptr_t>(range.begin);
-      if (at >= begin && at + kVectorBytes <= begin + range.num_bytes) {
-        return at % kVectorBytes == 0;
-      }
-    }
-    return false;
-  }
-
-  std::vector<Range> ranges_;
-  std::vector<char> bytes_;
-  std::vector<Copy> newest_;
-  std::deque<std::vector<Copy>> groups_;
-  bool is_wrong_ = false;
-};
-
-// 32 lanes: see causal_conv3d_sm80_steps.h.
-template <class Type>
-struct HostWarp {
-  struct Matrices {
-    uint32_t words[32][4];
-  };
-  struct Sums {
-    float values[32][4] = {};
-  };
-
-  const char* shared;
-  int index;
-
-  template <class ByteOfLane>
-  Matrices load(ByteOfLane byte_of_lane) const {
-    return loaded(byte_of_lane, false);
-  }
-
-  template <class ByteOfLane>
-  Matrices load_transposed(ByteOfLane byte_of_lane) const {
-    return loaded(byte_of_lane, true);
-  }
-
-  void multiply(Sums& sums, const Matrices& a, const Matrices& b, int half) const {
-    float b_KN[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 4; ++i) {
-        const Element at = element_of_b(lane, i);
-        b_KN[at.row][at.column] = Type::widened(b.words[lane][2 * half + i / 2] >> (i % 2 * 16));
-      }
-    }
-    add_product(sums, a, b_KN);
-  }
-
-  void add_rows(Sums& sums, const Matrices& a) const {
-    float b_KN[16][8];
-    for (auto& row : b_KN) {
-      for (float& value : row) {
-        value = Type::widened(Type::kTwoOnes);
-      }
-    }
-    add_product(sums, a, b_KN);
-  }
-
-  template <class Function>
-  void each_lane(const Sums& sums, Function function) const {
-    for (int lane = 0; lane < 32; ++lane) {
-      function(lane, sums.values[lane]);
-    }
-  }
-
- private:
-  // Matrix m has the rows whose addresses lanes 8 m to 8 m + 7 give; every lane gets two elements of one of them.
-  template <class ByteOfLane>
-  Matrices loaded(ByteOfLane byte_of_lane, bool is_transposed) const {
-    Matrices found;
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int matrix = 0; matrix < 4; ++matrix) {
-        uint32_t word = 0;
-        for (int i = 0; i < 2; ++i) {
-          const int along = lane % 4 * 2 + i, across = lane / 4;
-          const int row = is_transposed ? along : across, column = is_transposed ? across : along;
-          uint16_t element;
-          std::memcpy(&element, shared + byte_of_lane(8 * matrix + row) + 2 * column, sizeof(element));
-          word |= static_cast<uint32_t>(element) << 16 * i;
-        }
-        found.words[lane][matrix] = word;
-      }
-    }
-    return found;
-  }
-
-  static void add_product(Sums& sums, const Matrices& a, const float (&b_KN)[16][8]) {
-    float a_MK[16][16];
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 8; ++i) {
-        const Element at = element_of_a(lane, i);
-        a_MK[at.row][at.column] = Type::widened(a.words[lane][i / 2] >> (i % 2 * 16));
-      }
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 4; ++i) {
-        const Element at = element_of_c(lane, i);
-        float sum = sums.values[lane][i];
-        for (int k = 0; k < 16; ++k) {
-          sum += a_MK[at.row][k] * b_KN[k][at.column];
-        }
-        sums.values[lane][i] = sum;
-      }
-    }
-  }
-};
-
-template <class Function>
-void each_thread(Function function) {
-  for (int thread = 0; thread < kNumThreads; ++thread) {
-    function(thread);
-  }
-}
-
 template <class Type, int kTileOut>
-bool replay_forward_block(int index, const Operands& operands, const Geometry& g, const std::vector<Range>& ranges) {
+bool replay_forward_block(int index, const Operands& operands, const Geometry& g, const std::vector<Range>& ranges,
+                          bool lands_at_once) {
   using Layout = ForwardLayout<kTileOut>;
-  Machine machine(Layout::kBytes, ranges);
+  Machine machine(Layout::kBytes, ranges, lands_at_once);
   const ForwardBlock block = forward_block(index, g, kTileOut);
   std::vector<ForwardCopies<kTileOut>> copies;
   each_thread([&](int thread) { copies.emplace_back(thread, machine.shared(), block, operands, g); });
@@ -232,9 +62,9 @@ bool replay_forward_block(int index, const Operands& operands, const Geometry& g
 
 template <class Type, int kTileOut>
 bool replay_gradient_block(int index, int split, int num_splits, const GradientOperands& operands, const Geometry& g,
-                           const std::vector<Range>& ranges) {
+                           const std::vector<Range>& ranges, bool lands_at_once) {
   using Layout = GradientLayout<kTileOut>;
-  Machine machine(Layout::kBytes, ranges);
+  Machine machine(Layout::kBytes, ranges, lands_at_once);
   const int num_steps_in_all = static_cast<int>(num_gradient_steps(g));
   const GradientBlock block = gradient_block(index, g, kTileOut);
   const int first_step = first_step_of_split(split, num_splits, num_steps_in_all);
@@ -271,6 +101,60 @@ bool replay_gradient_block(int index, int split, int num_splits, const GradientO
     store_gradient<kTileOut>(warps[warp], sums[warp].sums, sums[warp].bias, block, split, operands, g);
   }
   return true;
+}
+
+template <class Type, int kTileOut>
+bool replay_wide_gradient_block(int index, int split, int num_splits, const GradientOperands& operands,
+                                const Geometry& g, const std::vector<Range>& ranges, bool lands_at_once) {
+  using Layout = GradientLayout<kTileOut>;
+  Machine machine(Layout::kBytes, ranges, lands_at_once);
+  const int num_steps_in_all = static_cast<int>(num_gradient_steps(g));
+  const GradientBlock block = gradient_block(index, g, kTileOut);
+  const int first_step = first_step_of_split(split, num_splits, num_steps_in_all);
+  const int num_steps = first_step_of_split(split + 1, num_splits, num_steps_in_all) - first_step;
+  std::vector<GradientCopies<kTileOut>> copies;
+  each_thread([&](int thread) { copies.emplace_back(thread, block, first_step, operands, g); });
+  HostGroup<Type, kTileOut> groups[sm90::kNumGroups] = {{machine.shared(), 0}, {machine.shared(), 1}};
+  std::vector<typename HostGroup<Type, kTileOut>::Sums> sums(sm90::kNumGroups);
+  typename HostWarp<Type>::Sums bias_sums[kNumWarps];
+  const auto copy = [&](int byte, const void* source, bool is_read) { machine.copy(byte, source, is_read); };
+  int slot_of_products = -1;
+  const auto finish = [&] {
+    for (int group = 0; group < sm90::kNumGroups && slot_of_products >= 0; ++group) {
+      sm90::multiply_gradient<kTileOut>(groups[group], slot_of_products * Layout::kSlotBytes, sums[group]);
+    }
+    slot_of_products = -1;
+  };
+  const auto each_bias_warp = [&](auto function) {
+    for (int index = 0; index < kNumWarps; ++index) {
+      HostWarp<Type> warp{machine.shared(), index};
+      if (sm90::warp_sums_bias<kTileOut>(index, block, operands)) {
+        function(warp, bias_sums[index]);
+      }
+    }
+  };
+  run_pipeline<true>(
+      num_steps,
+      [&](int step, int slot) {
+        each_thread([&](int thread) { copies[thread].step(step, slot * Layout::kSlotBytes, copy); });
+      },
+      [&] { machine.commit(); },
+      [&] {
+        finish();
+        machine.wait(kNumStages - 2);
+      },
+      [&](int slot) {
+        slot_of_products = slot;  // they run until they are waited for
+        each_bias_warp([&](auto& warp, auto& sum) { sm90::multiply_bias(warp, slot * Layout::kSlotBytes, sum); });
+      });
+  finish();
+  for (int group = 0; group < sm90::kNumGroups; ++group) {
+    for (int thread = 0; thread < sm90::kGroupThreads; ++thread) {
+      sm90::store_gradient<kTileOut>(group, thread, sums[group].values[thread], block, split, operands, g);
+    }
+  }
+  each_bias_warp([&](auto& warp, auto& sum) { sm90::store_bias(warp, sum, block, split, operands, g); });
+  return !machine.is_wrong();
 }
 
 template <class Function>
@@ -321,10 +205,11 @@ int64_t clip_elements(const Geometry& g, int num_frames, int64_t sample_stride, 
 
 }  // namespace
 
-// Each returns whether every copy was aligned and inside its tensor. A tile_out of 0 is the kernel's choice.
-extern "C" bool replay_forward(const int64_t* numbers, int tile_out, const uint16_t* x, const uint16_t* state,
-                               const uint16_t* weight, const uint16_t* bias, const uint16_t* residual, uint16_t* out,
-                               float* statistics) {
+// Each returns whether every copy was aligned and inside its tensor. is_wide: by wgmma. A tile_out of 0 is the kernel's
+// choice.
+extern "C" bool replay_forward(const int64_t* numbers, bool lands_at_once, int tile_out, const uint16_t* x,
+                               const uint16_t* state, const uint16_t* weight, const uint16_t* bias,
+                               const uint16_t* residual, uint16_t* out, float* statistics) {
   const auto [shape, g] = problem_of(numbers);
   tile_out = tile_out == 0 ? tile_out_of(g.num_out) : tile_out;
   const std::vector<Range> ranges = {
@@ -337,10 +222,10 @@ extern "C" bool replay_forward(const int64_t* numbers, int tile_out, const uint1
                               std::numeric_limits<float>::quiet_NaN());
   const Operands operands{x, state, weight, bias, residual, out, statistics == nullptr ? nullptr : partials.data()};
   for (int block = 0; block < num_forward_blocks(g, tile_out); ++block) {
-    const bool is_right = with_kernel(shape.is_bfloat16, tile_out,
-                                      [&]<class Type, int kTileOut>(Type, std::integral_constant<int, kTileOut>) {
-                                        return replay_forward_block<Type, kTileOut>(block, operands, g, ranges);
-                                      });
+    const bool is_right = with_kernel(
+        shape.is_bfloat16, tile_out, [&]<class Type, int kTileOut>(Type, std::integral_constant<int, kTileOut>) {
+          return replay_forward_block<Type, kTileOut>(block, operands, g, ranges, lands_at_once);
+        });
     if (!is_right) {
       return false;
     }
@@ -357,9 +242,9 @@ extern "C" bool replay_forward(const int64_t* numbers, int tile_out, const uint1
   return true;
 }
 
-extern "C" bool replay_weight_gradient(const int64_t* numbers, int tile_out, int num_splits, const uint16_t* x,
-                                       const uint16_t* state, const uint16_t* grad, float* grad_weight,
-                                       float* grad_bias) {
+extern "C" bool replay_weight_gradient(const int64_t* numbers, bool lands_at_once, bool is_wide, int tile_out,
+                                       int num_splits, const uint16_t* x, const uint16_t* state, const uint16_t* grad,
+                                       float* grad_weight, float* grad_bias) {
   const auto [shape, g] = problem_of(numbers);
   tile_out = tile_out == 0 ? tile_out_of(g.num_out) : tile_out;
   num_splits = num_splits == 0 ? num_splits_of(g) : num_splits;
@@ -377,7 +262,9 @@ extern "C" bool replay_weight_gradient(const int64_t* numbers, int tile_out, int
     for (int block = 0; block < num_gradient_blocks(g, tile_out); ++block) {
       const bool is_right = with_kernel(
           shape.is_bfloat16, tile_out, [&]<class Type, int kTileOut>(Type, std::integral_constant<int, kTileOut>) {
-            return replay_gradient_block<Type, kTileOut>(block, split, num_splits, operands, g, ranges);
+            return (is_wide ? replay_wide_gradient_block<Type, kTileOut>
+                            : replay_gradient_block<Type, kTileOut>)(block, split, num_splits, operands, g, ranges,
+                                                                     lands_at_once);
           });
       if (!is_right) {
         return false;

@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,21 +34,34 @@ class Replay:
         space_padding: int, out: Tensor, statistics: Tensor | None, *, tile_out: int = 0,
     ) -> None:  # fmt: skip
         """As torch.ops.opensora_kernels.causal_conv3d_cuda_forward."""
-        window = (kernel, step, dilation, start, replicates_front, space_padding)
+        numbers = _numbers(x, state, out, kernel, step, dilation, start, replicates_front, space_padding)
         tensors = (x, state, weight, bias, residual, out, statistics)
-        is_right = self._library.replay_forward(_numbers(x, state, out, *window), tile_out, *map(_pointer, tensors))
-        assert is_right, "a copy left its tensor or was not aligned"
+        self._run(self._library.replay_forward, numbers, (tile_out,), tensors)
 
     def weight_gradient(
         self, x: Tensor, state: Tensor | None, grad: Tensor, kernel: list[int], step: list[int], dilation: list[int],
         start: list[int], replicates_front: bool, space_padding: int, grad_weight: Tensor, grad_bias: Tensor | None,
-        *, tile_out: int = 0, num_splits: int = 0,
+        *, is_wide: bool = False, tile_out: int = 0, num_splits: int = 0,
     ) -> None:  # fmt: skip
-        """As torch.ops.opensora_kernels.causal_conv3d_cuda_weight_gradient."""
+        """As torch.ops.opensora_kernels.causal_conv3d_cuda_weight_gradient; `is_wide`: by wgmma, as on sm_90a."""
         numbers = _numbers(x, state, grad, kernel, step, dilation, start, replicates_front, space_padding)
         tensors = (x, state, grad, grad_weight, grad_bias)
-        is_right = self._library.replay_weight_gradient(numbers, tile_out, num_splits, *map(_pointer, tensors))
-        assert is_right, "a copy left its tensor or was not aligned"
+        options = (ctypes.c_bool(is_wide), tile_out, num_splits)
+        self._run(self._library.replay_weight_gradient, numbers, options, tensors)
+
+    def _run(
+        self, function: Any, numbers: ctypes.Array, options: tuple[Any, ...], tensors: tuple[Tensor | None, ...]
+    ) -> None:
+        """Once with copies that arrive as late as they may, once at once. The last two of `tensors` are results."""
+        found = []
+        for lands_at_once in (False, True):
+            pointers = map(_pointer, tensors)
+            is_right = function(numbers, ctypes.c_bool(lands_at_once), *options, *pointers)
+            assert is_right, "a copy left its tensor or was not aligned"
+            results = [tensor for tensor in tensors[-2:] if tensor is not None]
+            found.append([result.clone() for result in results])
+        for late, early in zip(*found, strict=True):
+            assert torch.equal(late, early), "the result depends on when copies arrive"
 
 
 def _numbers(

@@ -51,7 +51,7 @@ class Layer:
     has_statistics: bool = False
     dtype: torch.dtype = torch.bfloat16
     tile_out: int = 0
-    num_splits: int = 0
+    num_splits: int = 1  # so that even a small clip fills the ring of slots
 
     def call(self, seed: int = 0) -> Call:
         torch.manual_seed(seed)
@@ -78,7 +78,7 @@ class Layer:
 LAYERS = {
     "plain": Layer(),
     "odd": Layer((40, 8), (2, 9, 17), kernel=(2, 3, 5), space_pad=(2, 2, 1, 1), time_pad=1, has_bias=False),
-    "wide": Layer((72, 136), (2, 5, 6), has_residual=True, has_statistics=True),
+    "wide": Layer((72, 136), (2, 5, 6), has_residual=True, has_statistics=True, num_splits=0),
     "many_tiles": Layer((8, 16), (2, 13, 23), 2, has_residual=True, has_statistics=True),
     "tile_96": Layer((96, 96), (2, 4, 5), tile_out=96, has_statistics=True, dtype=torch.float16),
     "tile_64": Layer((24, 64), (3, 6, 6), tile_out=64, has_residual=True, dtype=torch.float16, num_splits=3),
@@ -105,11 +105,13 @@ def test_replay_of_the_forward_kernel_keeps_the_accuracy_rule(sm80_replay: Repla
     assert_accurate(have, plain, truth, "forward", coarsest=layer.dtype)
 
 
+@pytest.mark.parametrize("is_wide", [False, True], ids=["mma", "wgmma"])
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
-def test_replay_of_the_weight_gradient_keeps_the_accuracy_rule(sm80_replay: Replay, layer: Layer):
+def test_replay_of_the_weight_gradient_keeps_the_accuracy_rule(sm80_replay: Replay, layer: Layer, is_wide: bool):
     call = layer.call()._replace(residual=None, return_statistics=False)
     grad = layer._drawn(*call.out_shape)
-    have = _replayed_weight_gradient(sm80_replay, call, grad, layer.tile_out, layer.num_splits)
+    options = {"is_wide": is_wide, "tile_out": layer.tile_out, "num_splits": layer.num_splits}
+    have = _replayed_weight_gradient(sm80_replay, call, grad, **options)
     plain, truth = (_weight_gradient(*pair) for pair in ((call, grad), (_doubled(call), grad.double())))
     assert_accurate([value.to(layer.dtype) for value in have], plain, truth, "weight gradient")
 
@@ -159,14 +161,12 @@ def _replayed_convolution(
     return [out.permute(0, 4, 1, 2, 3), *([] if statistics is None else [statistics])]
 
 
-def _replayed_weight_gradient(
-    sm80_replay: Replay, call: Call, grad: Tensor, tile_out: int, num_splits: int
-) -> list[Tensor]:
+def _replayed_weight_gradient(sm80_replay: Replay, call: Call, grad: Tensor, **options: int) -> list[Tensor]:
     num_out, num_channels, *kernel = call.weight.shape
     grad_weight, grad_bias = torch.empty(torch.Size(kernel).numel(), num_out, num_channels), torch.empty(num_out)
     sm80_replay.weight_gradient(
         _moved(call.x), _moved(call.state), _moved(grad), *_window(call, [axis.start for axis in call.taps]),
-        grad_weight, grad_bias, tile_out=tile_out, num_splits=num_splits,
+        grad_weight, grad_bias, **options,
     )  # fmt: skip
     return [grad_weight.permute(1, 2, 0).unflatten(2, kernel), grad_bias]
 

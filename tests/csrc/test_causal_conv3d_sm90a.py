@@ -2,16 +2,17 @@
 
 The replay takes the place of the compiled kernel behind the same schema, so that what Python prepares, what the maps
 say and what the epilogue computes are compared with the reference operator together. Triton's kernels around it run in
-its interpreter; the weight's gradient, which has a kernel of its own, is plain PyTorch here.
+its interpreter. What the sm_90a kernel leaves to the mma.sync kernels (other GPUs, strides, the weight's gradient) is
+replayed as well.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from opensora_kernels import _extension, _triton, backends, causal_conv3d, use
 from opensora_kernels.cases import Case
-from opensora_kernels.norms import Norm, frame_statistics
+from opensora_kernels.norms import Norm
 from opensora_kernels.ops.causal_conv3d import cuda_forms
 from opensora_kernels.ops.causal_conv3d.cases import _make
+from tests.csrc.sm80_replay import Replay
 from tests.ops.accuracy import assert_accurate
 from tests.ops.contract import draw, gradients
 
@@ -70,7 +72,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["sm_90", "sm_80"])
-def replayed(request: pytest.FixtureRequest, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def replayed(
+    request: pytest.FixtureRequest, compiled: Path, sm80_replay: Replay, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Make the cuda backend of causal_conv3d serve CPU tensors, as if on an H100, by the replay, or on another GPU."""
     for reason in (_extension.why_not_loaded("cpu"), _triton.why_not_installed()):
         if reason is not None:
@@ -84,13 +88,14 @@ def replayed(request: pytest.FixtureRequest, compiled: Path, monkeypatch: pytest
         if request.param == "sm_90" and not has_steps:
             _replay(replay, *values)
         else:
-            _plain_forward(*values)
+            sm80_replay.forward(*values)
 
     monkeypatch.setattr(_extension, "_why_not_here", lambda library, values: None)
     monkeypatch.setattr(cuda_kernel, "_has_copy_engine", lambda device: request.param == "sm_90")
     with torch.library._scoped_library("opensora_kernels", "IMPL") as library:
         library.impl("causal_conv3d_cuda_forward", forward, "CPU")
-        library.impl("causal_conv3d_cuda_weight_gradient", _plain_weight_gradient, "CPU")
+        weight_gradient = partial(sm80_replay.weight_gradient, is_wide=request.param == "sm_90")
+        library.impl("causal_conv3d_cuda_weight_gradient", weight_gradient, "CPU")
         yield
 
 
@@ -156,6 +161,7 @@ def test_misaligned_and_expanded_clips_are_copied(replayed: None):
         (lambda a: a | {"x": a["x"][:, :12], "weight": a["weight"][:, :12]}, "multiples of 8, got 12 and 8"),
         (lambda a: a | {"weight": a["weight"][:3]}, "multiples of 8, got 16 and 3"),
         (lambda a: a | {"x": a["x"][:0]}, "no empty tensor"),
+        (lambda a: a | {"weight": a["weight"].repeat(1, 1, 6, 1, 1)}, "at most 15 taps along an axis, got (18, 3, 3)"),
     ],
 )
 def test_what_the_kernels_do_not_serve_has_a_sentence(change: Any, reason: str):
@@ -209,44 +215,3 @@ def _replay(
     tensors = (x, state, weight, bias, residual, out, statistics)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     replay((ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_void_p * len(pointers))(*pointers))
-
-
-def _plain_forward(
-    x: Tensor, state: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *window: Any
-) -> None:
-    *window, out, statistics = window
-    total = sum(read @ weight[tap].float().T for tap, read in enumerate(_read(x, state, out, *window)))
-    out.copy_(total if bias is None else total + bias.float())
-    if residual is not None:
-        out += residual
-    if statistics is not None:
-        statistics.copy_(frame_statistics(out.permute(0, 4, 1, 2, 3)))
-
-
-def _plain_weight_gradient(x: Tensor, state: Tensor | None, grad: Tensor, *window: Any) -> None:
-    *window, grad_weight = window
-    assert (grad.is_contiguous(), grad_weight.is_contiguous()) == (True, True)
-    for tap, read in enumerate(_read(x, state, grad, *window)):
-        grad_weight[tap] = torch.einsum("bthwo,bthwc->oc", grad.float(), read)
-
-
-def _read(
-    x: Tensor, state: Tensor | None, out: Tensor, kernel: list[int], step: list[int], dilation: list[int],
-    start: list[int], replicates_front: bool, space_padding: int,
-) -> Iterator[Tensor]:  # fmt: skip
-    """What each tap reads, in fp32, by an index along every axis."""
-    frames = (x if state is None else torch.cat([state, x], 1)).float()
-    for numbers in itertools.product(*(range(size) for size in kernel)):
-        read = frames
-        for axis, number in enumerate(numbers, start=1):
-            index = torch.arange(out.shape[axis]) * step[axis - 1] + start[axis - 1] + number * dilation[axis - 1]
-            last = frames.shape[axis] - 1
-            if axis == 1 and replicates_front:
-                index = index.clamp_min(0)
-            elif axis > 1 and space_padding == 1:
-                index = index.clamp(0, last)
-            elif axis > 1 and space_padding == 2:
-                index = last - (last - index.abs()).abs()
-            is_inside = (index >= 0) & (index <= last)
-            read = read.index_select(axis, index.clamp(0, last)) * is_inside.view(-1, *(1,) * (4 - axis))
-        yield read

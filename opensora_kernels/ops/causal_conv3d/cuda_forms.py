@@ -9,6 +9,7 @@ import torch
 from opensora_kernels import _extension, backends
 
 _DTYPES = (torch.bfloat16, torch.float16)
+_MOST_TAPS = 15  # kMostTaps of csrc/causal_conv3d_sm80_geometry.h
 
 
 def why_not(*values: Any) -> str | None:
@@ -24,6 +25,8 @@ def why_not(*values: Any) -> str | None:
             "the copy engine reads 16 bytes at once: channels must be multiples of 8, "
             f"got {x.shape[1]} and {weight.shape[0]}"
         )
+    if max(weight.shape[2:]) > _MOST_TAPS:
+        return f"the kernels count at most {_MOST_TAPS} taps along an axis, got {tuple(weight.shape[2:])}"
     if not x.numel():
         return f"the copy engine describes no empty tensor, got x of shape {tuple(x.shape)}"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):

@@ -36,7 +36,7 @@ def forward(*values: Any) -> list[Tensor]:
 
 
 def backward(grads: list[Tensor | None], wanted: list[bool], saved: list[Tensor], *values: Any) -> list[Tensor | None]:
-    return gradients(forward, _convolution_gradients, grads, wanted, saved, *values)
+    return gradients(forward, _convolution_gradients, grads, wanted, saved, *values, gives_bias=True)
 
 
 def convolve(
@@ -69,24 +69,28 @@ def convolve(
 
 def _convolution_gradients(
     call: Call, wanted: Call, grad_BTHWO: Tensor, moments_BTG2: Tensor | None
-) -> tuple[Tensor | None, int, Tensor | None]:
-    grad_weight = None
+) -> tuple[Tensor | None, int, Tensor | None, Tensor | None]:
+    grad_weight, grad_bias = None, None
     if wanted.weight:
         source, taps, _ = _source(call, moments_BTG2)
-        grad_weight = _weight_gradient(call, source, taps, grad_BTHWO)
+        grad_weight, grad_bias = _weight_gradients(call, source, taps, grad_BTHWO, wanted.bias)
     if not wants_hidden(wanted):
-        return None, 0, grad_weight
-    return *padded_gradient(call, wanted, grad_BTHWO, convolve), grad_weight
+        return None, 0, grad_weight, grad_bias
+    return *padded_gradient(call, wanted, grad_BTHWO, convolve), grad_weight, grad_bias
 
 
-def _weight_gradient(call: Call, source: Source, taps: tuple[Taps, Taps, Taps], grad_BTHWO: Tensor) -> Tensor:
+def _weight_gradients(
+    call: Call, source: Source, taps: tuple[Taps, Taps, Taps], grad_BTHWO: Tensor, wants_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of the weight and of the bias, which is one more column of the same product."""
     num_out, num_channels, *kernel = call.weight.shape
     num_taps = kernel[0] * kernel[1] * kernel[2]
     grad_KOC = torch.empty(num_taps, num_out, num_channels, dtype=torch.float32, device=call.x.device)
+    grad_bias = grad_KOC.new_empty(num_out) if wants_bias else None
     torch.ops.opensora_kernels.causal_conv3d_cuda_weight_gradient(
-        *_frames(source), _dense(grad_BTHWO), *_window(source, taps), grad_KOC
+        *_frames(source), _dense(grad_BTHWO), *_window(source, taps), grad_KOC, grad_bias
     )
-    return grad_KOC.unflatten(0, kernel).permute(3, 4, 0, 1, 2).to(call.weight.dtype)
+    return grad_KOC.unflatten(0, kernel).permute(3, 4, 0, 1, 2).to(call.weight.dtype), grad_bias
 
 
 def _source(call: Call, moments_BTG2: Tensor | None) -> tuple[Source, tuple[Taps, Taps, Taps], Tensor]:

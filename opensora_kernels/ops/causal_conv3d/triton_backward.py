@@ -35,15 +35,17 @@ def backward(grads: list[Tensor | None], wanted: list[bool], saved: list[Tensor]
 
 def gradients(
     forward: Callable[..., list[Tensor]],
-    convolution_gradients: Callable[..., tuple[Tensor | None, int, Tensor | None]],
+    convolution_gradients: Callable[..., tuple[Tensor | None, int, Tensor | None, Tensor | None]],
     grads: list[Tensor | None],
     wanted: list[bool],
     saved: list[Tensor],
     *values: Any,
+    gives_bias: bool = False,
 ) -> list[Tensor | None]:
     """The backward pass of a backend that computes `forward` and, by `convolution_gradients`, from (call, wanted,
     gradient of the result (B, T', H', W', O), moments of x's groups): the gradient of what the convolution read without
-    its padding in space, the first frame of that (see `padded_gradient`), and the gradient of the weight."""
+    its padding in space, the first frame of that (see `padded_gradient`), and the gradients of the weight and, with
+    `gives_bias`, where the weight's is wanted, of the bias."""
     call, wanted = Call(*values), Call(*wanted)
     grad_out, *others = grads
     grad_state_out = others.pop(0) if call.return_state else None
@@ -52,10 +54,18 @@ def gradients(
     found: dict[str, Tensor] = {}
     if grad_out is not None or grad_statistics is not None:
         results = saved or (forward(*values) if grad_statistics is not None else [])
-        grad_BTHWO, found["bias"] = _result_gradient(call, wanted, grad_out, grad_statistics, results)
+        # with statistics the sums come before the gradient is rounded: what these owe to the bias nearly cancels
+        gives_bias = gives_bias and wanted.weight and grad_statistics is None
+        here = wanted._replace(bias=wanted.bias and not gives_bias)
+        grad_BTHWO, found["bias"] = _result_gradient(call, here, grad_out, grad_statistics, results)
+        there = wanted._replace(bias=wanted.bias and gives_bias)
         if wanted.residual:
             found["residual"] = grad_BTHWO.permute(0, 4, 1, 2, 3).to(call.residual.dtype, copy=True)
-        grad_padded, first_frame, found["weight"] = convolution_gradients(call, wanted, grad_BTHWO, moments_BTG2)
+        grad_padded, first_frame, found["weight"], grad_bias = convolution_gradients(
+            call, there, grad_BTHWO, moments_BTG2
+        )
+        if there.bias:
+            found["bias"] = grad_bias
     elif wants_hidden(wanted):
         grad_padded, first_frame = padded_gradient(call, wanted, None)
     if wants_hidden(wanted):
@@ -108,19 +118,19 @@ def _moved(shape: torch.Size) -> list[int]:
 
 def _gemm_gradients(
     call: Call, wanted: Call, grad_BTHWO: Tensor, moments_BTG2: Tensor | None
-) -> tuple[Tensor | None, int, Tensor | None]:
+) -> tuple[Tensor | None, int, Tensor | None, None]:
     grad_weight = None
     if wanted.weight:
         source = source_of(call, moments_BTG2)
         grad_weight = weight_gradient(_OP, source, grad_BTHWO, call.taps, call.groups, call.weight.dtype)
     if not wants_hidden(wanted):
-        return None, 0, grad_weight
-    return *padded_gradient(call, wanted, grad_BTHWO), grad_weight
+        return None, 0, grad_weight, None
+    return *padded_gradient(call, wanted, grad_BTHWO), grad_weight, None
 
 
 def _library_gradients(
     call: Call, wanted: Call, grad_BTHWO: Tensor, moments_BTG2: Tensor | None
-) -> tuple[Tensor | None, int, Tensor | None]:
+) -> tuple[Tensor | None, int, Tensor | None, None]:
     """By PyTorch's convolution."""
     padded_BCTHW = prepared(call, moments_BTG2, padded=True).permute(0, 4, 1, 2, 3)
     weight = call.weight.contiguous(memory_format=torch.channels_last_3d)
@@ -130,7 +140,7 @@ def _library_gradients(
     )  # fmt: skip
     if grad_padded is not None:
         grad_padded = fold_space(grad_padded, call.written_space_pad, call.space_padding)
-    return grad_padded, 0, grad_weight
+    return grad_padded, 0, grad_weight, None
 
 
 def wants_hidden(wanted: Call) -> bool:
