@@ -112,6 +112,18 @@ def test_loops_are_found_also_where_their_blocks_lie_apart():
     assert [instruction.opcode for instruction in with_products] == ["HGMMA.64x96x16", "BRA", "BRA", "STL", "BRA"]
 
 
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="binutils are not installed")
+def test_symbols_carry_files_names_and_shared_memory(monkeypatch: pytest.MonkeyPatch):
+    kernel = "_ZN8opensora55_GLOBAL__N__d7c7b4ea_22_causal_conv3d_sm90a_cu_f721e63618convolution_kernel"
+    kernel += "INS_7Float16ELi128EEEvNS0_9ArgumentsE"
+    asks = "_ZN8opensora19allow_shared_memoryIXadL_ZNS_55_GLOBAL__N__825274c1_22_causal_conv3d_sm90a_cu_f721e636L"
+    asks += "18convolution_kernelINS_7Float16ELi128EEEvNS1_9ArgumentsEEELi201856EEE9cudaErrorv"
+    assert sass.names_of(kernel) == ("causal_conv3d_sm90a.cu", "convolution_kernel<Float16, 128>")
+    run, listing = sass._run, f"0000000000001150 t {asks}\n                 U other\n"
+    monkeypatch.setattr(sass, "_run", lambda command: listing if command[0] == "nm" else run(command))
+    assert sass.dynamic_shared_bytes(Path("library")) == {sass.names_of(kernel): 201856}
+
+
 def test_a_kernel_without_what_it_should_have_is_a_fault():
     counts = dict.fromkeys(sass.COUNTED, 0) | {"HGMMA": 4, "SYNCS": 2}
     kernel = sass.Kernel("-", "k", "sm_90a", 512, 168, 16, 1024, 233024, counts, 3, False)
