@@ -31,7 +31,11 @@ _REGISTERS = 65536  # of a multiprocessor
 
 # What kernels must hold: a pattern of "file kernel" and instructions; the first pattern that is found counts. Without
 # any, HOPPER on sm_90a.
-EXPECTED: tuple[tuple[str, tuple[str, ...]], ...] = ()
+EXPECTED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # it gathers positions, which boxes can't
+    (r"^causal_conv3d_weight_gradient_sm90a\.cu ", ("HGMMA", "LDGSTS")),
+    (r"^causal_conv3d\w*_sm80\.cu (forward|weight_gradient)_kernel<", ("HMMA", "LDGSTS")),
+)
 
 
 @dataclass(frozen=True)
