@@ -119,10 +119,12 @@ class BuildLibraries(build_ext):
             build["build_cpu"](folder, torch)
             if nvcc:
                 build["build_cuda"](folder, torch, Path(nvcc))
+        # of an earlier build one may not be wanted now, and a process may have loaded one: it keeps that
+        for name in ("_cpu_library", "_cuda_library"):
+            Path(self.get_ext_fullpath(f"opensora_kernels.{name}")).unlink(missing_ok=True)
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)  # a process that has loaded the old one keeps it
             shutil.copyfile(folder / f"{extension.name.split('.')[-1]}.so", target)
 
 
