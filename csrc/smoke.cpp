@@ -24,10 +24,6 @@ Tensor smoke_cpu(const Tensor& x) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(opensora_kernels, library) {
-  library.def("smoke(Tensor x) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(opensora_kernels, CPU, library) {
   library.impl("smoke", TORCH_BOX(&smoke_cpu));
 }

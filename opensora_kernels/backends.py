@@ -100,7 +100,7 @@ def choose(op: str, *arguments: Any) -> str:
     preferred = _overrides.get(_EVERY_OP)
     if preferred in candidates and _reason(op, preferred, arguments) is None:
         return preferred
-    for backend in _ORDER.get(_device_type(arguments), _DEFAULT_ORDER):
+    for backend in _ORDER.get(device_type(arguments), _DEFAULT_ORDER):
         if backend not in candidates or _reason(op, backend, arguments) is not None:
             continue
         if _reason_to_pass_over(op, backend, arguments) is None:
@@ -202,6 +202,16 @@ def is_cuda(device: torch.device) -> bool:
     return (_meta_device_type if device.type == "meta" else device.type) == "cuda"
 
 
+def device_type(arguments: tuple[Any, ...]) -> str:
+    """Of the first tensor of a call: where its backends are looked for; "cpu" without any."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return _type_of(argument.device)
+        if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
+            return _type_of(argument[0].device)
+    return "cpu"
+
+
 def _read_environment(text: str) -> dict[str, str]:
     variable, table = "OPENSORA_KERNELS_BACKEND", {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
@@ -222,15 +232,6 @@ def _check_op(caller: str, op: str) -> None:
 def _check_backend(caller: str, backend: str) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"{caller}: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-
-
-def _device_type(arguments: tuple[Any, ...]) -> str:
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            return _type_of(argument.device)
-        if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], Tensor):
-            return _type_of(argument[0].device)
-    return "cpu"
 
 
 def _type_of(device: torch.device) -> str:
