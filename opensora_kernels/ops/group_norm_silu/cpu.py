@@ -1,0 +1,139 @@
+"""GroupNorm and SiLU by the compiled CPU library: statistics of every frame, then one pass that normalises.
+
+Axes: B batch, C channels, T frames, H height, W width, G groups; F is T where statistics are per frame, else 1.
+With n = (x - mean) rstd, g the gradient before SiLU and w the weight, mean() over the elements of a group:
+grad_x = rstd (g w - mean(g w) - n mean(g w n)); under given statistics, which are constants to x, rstd g w.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from opensora_kernels.norms import memory_format
+
+_NO_BORDER = (0, 0, 0, 0, 0)
+_MODES = {"zeros": 0, "replicate": 1, "reflect": 2}
+
+
+def forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    per_frame: bool,
+    activation: str,
+    statistics: Tensor | None,
+) -> list[Tensor]:
+    """The result, and the mean and 1 / deviation of each group: (B, F, G, 2) in fp32."""
+    x = in_rows(x)
+    moments = moments_of(x, num_groups, eps, per_frame, statistics)
+    out = torch.empty_like(x, memory_format=memory_format(x))
+    apply(x, moments, weight, bias, activation == "silu", out)
+    return [out, moments]
+
+
+def backward(
+    grads: list[Tensor | None],
+    wanted: list[bool],
+    saved: list[Tensor],
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    per_frame: bool,
+    activation: str,
+    statistics: Tensor | None,
+) -> list[Tensor | None]:
+    """One pass over x and its gradient for the sums, one for x's own."""
+    wants_x, wants_weight, wants_bias, wants_statistics = wanted[0], wanted[2], wanted[3], wanted[7]
+    x = in_rows(x)
+    layout = memory_format(x)
+    grad = grads[0].contiguous(memory_format=layout)
+    given = (x, grad, saved[0], _wide(weight), _wide(bias))
+    has_silu, rstd_BFG = activation == "silu", saved[0][..., 1]
+    channels_per_group = x.shape[1] // num_groups
+    rstd_BFC = rstd_BFG.repeat_interleave(channels_per_group, 2)
+
+    sums_BFC2 = torch.ops.opensora_kernels.group_norm_silu_cpu_gradient_sums(*given, has_silu).transpose(1, 2)
+    if not per_frame:
+        sums_BFC2 = sums_BFC2.sum(1, keepdim=True)
+    grad_weight = (sums_BFC2[..., 1] * rstd_BFC).sum((0, 1)).to(weight.dtype) if wants_weight else None
+    grad_bias = sums_BFC2[..., 0].sum((0, 1)).to(bias.dtype) if wants_bias else None
+    weighted = sums_BFC2 if weight is None else sums_BFC2 * _wide(weight)[:, None]
+    sums_BFG2 = weighted.unflatten(2, (num_groups, -1)).sum(3)
+
+    grad_x = None
+    if wants_x:
+        grad_x = torch.empty_like(x, memory_format=layout)
+        num_positions = channels_per_group * math.prod(x.shape[3 if per_frame else 2 :])
+        slope, level = (
+            -sums_BFG2[..., 1] * rstd_BFG.pow(3) / num_positions,
+            -sums_BFG2[..., 0] * rstd_BFG / num_positions,
+        )
+        terms = torch.stack([slope, level], 2).repeat_interleave(channels_per_group, 3)
+        terms = terms if statistics is None else torch.zeros_like(terms)
+        torch.ops.opensora_kernels.group_norm_silu_cpu_input_gradient(*given, terms, has_silu, grad_x)
+    grad_statistics = None
+    if wants_statistics:
+        grad_statistics = _statistics_gradient(statistics, saved[0], sums_BFG2, x.shape[3] * x.shape[4])
+    return [grad_x, None, grad_weight, grad_bias, None, None, None, grad_statistics]
+
+
+def moments_of(x: Tensor, num_groups: int, eps: float, per_frame: bool, statistics: Tensor | None) -> Tensor:
+    """Mean and 1 / deviation of each group, (B, F, G, 2): of `statistics` or, without, of x itself."""
+    if statistics is None:
+        statistics = frame_statistics(x)
+    table = statistics.float().contiguous()
+    frame_size = x.shape[3] * x.shape[4]
+    return torch.ops.opensora_kernels.group_norm_silu_cpu_moments(table, num_groups, eps, per_frame, frame_size)
+
+
+def frame_statistics(x: Tensor) -> Tensor:
+    """As `norms.frame_statistics`, of x (B, C, T, H, W) in fp32 or bf16."""
+    return torch.ops.opensora_kernels.group_norm_silu_cpu_statistics(in_rows(x))
+
+
+def apply(
+    x: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    has_silu: bool,
+    out: Tensor,
+    space_pad: list[int] | None = None,
+    space_padding: str = "zeros",
+) -> None:
+    """Writes silu(norm(x)) to `out`, in x's order of axes, with `space_pad` (left, right, top, bottom) around it."""
+    border = _NO_BORDER if space_pad is None else (*space_pad, _MODES[space_padding])
+    torch.ops.opensora_kernels.group_norm_silu_cpu_apply(x, moments, _wide(weight), _wide(bias), has_silu, border, out)
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x, or a copy if its rows do not follow each other or neither positions nor channels lie side by side."""
+    width = x.stride(4) if x.shape[4] > 1 else x.stride(3) if x.shape[3] > 1 else 1
+    are_rows = min(x.shape[3:]) == 1 or x.stride(3) == x.shape[4] * width
+    has_channels = memory_format(x) is torch.channels_last_3d
+    is_ready = not x.numel() or (are_rows and (has_channels or width == 1))
+    return x if is_ready else x.contiguous(memory_format=memory_format(x))
+
+
+def _wide(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.float().contiguous()
+
+
+def _statistics_gradient(statistics: Tensor, moments_BFG2: Tensor, sums_BFG2: Tensor, frame_size: int) -> Tensor:
+    """From sums of w g and w g (x - mean): the mean moves every value, the variance stretches it."""
+    num_groups = moments_BFG2.shape[2]
+    mean_BGcT = statistics.float()[..., 0].unflatten(1, (num_groups, -1))  # c of C / G channels
+    group_mean, rstd = (value.transpose(1, 2)[:, :, None] for value in moments_BFG2.unbind(-1))  # (B, G, 1, F)
+    of_mean, of_product = (value.transpose(1, 2)[:, :, None] for value in sums_BFG2.unbind(-1))
+    num_merged = mean_BGcT.shape[2] * (1 if moments_BFG2.shape[1] > 1 else mean_BGcT.shape[3])
+    of_squares = -0.5 * rstd.pow(3) * of_product / (num_merged * frame_size)
+    grad_squares = of_squares.expand_as(mean_BGcT)
+    grad_mean = -rstd * of_mean / num_merged + 2 * frame_size * of_squares * (mean_BGcT - group_mean)
+    return torch.stack([grad_mean, grad_squares], -1).flatten(1, 2).to(statistics.dtype)
