@@ -88,25 +88,12 @@ std::vector<float> affine_of(const Clip& x, const Tensor& moments, const std::op
   return affine;
 }
 
-void check_like(const char* name, const Clip& clip, const Clip& x, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(clip.num_samples == x.num_samples && clip.num_channels == x.num_channels &&
-                      clip.num_frames == x.num_frames && clip.height == height && clip.width == width &&
-                      clip.is_bf16 == x.is_bf16 && (clip.channels_last == x.channels_last || x.num_channels == 1),
-                  op, ": ", name, " must have x's dtype, order of axes and sizes");
-}
-
 // Writes silu((x - mean) * rstd * weight + bias) with `border` (left, right, top, bottom, mode) around it to `out`.
 void apply(const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& weight,
-           const std::optional<Tensor>& bias, bool has_silu, std::vector<int64_t> border, Tensor out) {
-  Clip source = clip_of(op, "x", x);
+           const std::optional<Tensor>& bias, bool has_silu, const std::vector<int64_t>& border, Tensor out) {
   const Clip target = clip_of(op, "out", out);
-  if (source.height * source.width == 1 && source.stride_c == 1) {
-    source.channels_last = target.channels_last;
-  }
-  STD_TORCH_CHECK(border.size() == 5, op, ": border must be (left, right, top, bottom, mode)");
-  const Border around{border[0], border[1], border[2], border[3], static_cast<SpacePadding>(border[4])};
-  check_like("out", target, source, source.height + around.top + around.bottom,
-             source.width + around.left + around.right);
+  const Clip source = clip_for(op, "x", x, target);
+  const Border around = border_of(op, border, source, target);
   if (x.numel() == 0) {
     torch::stable::zero_(out);
     return;
@@ -120,7 +107,7 @@ void apply(const Tensor& x, const std::optional<Tensor>& moments, const std::opt
 Tensor gradient_sums_of(const Tensor& x, const Tensor& grad, const Tensor& moments, const std::optional<Tensor>& weight,
                         const std::optional<Tensor>& bias, bool has_silu) {
   const Clip source = clip_of(op, "x", x), gradient = clip_of(op, "grad", grad);
-  check_like("grad", gradient, source, source.height, source.width);
+  check_like(op, "grad", gradient, source, source.height, source.width);
   const auto type = torch::headeronly::ScalarType::Float;
   Tensor sums = torch::stable::new_empty(x, {source.num_samples, source.num_channels, source.num_frames, 2}, type);
   if (x.numel() == 0) {
@@ -137,8 +124,8 @@ Tensor gradient_sums_of(const Tensor& x, const Tensor& grad, const Tensor& momen
 void input_gradient_of(const Tensor& x, const Tensor& grad, const Tensor& moments, const std::optional<Tensor>& weight,
                        const std::optional<Tensor>& bias, const Tensor& terms, bool has_silu, Tensor grad_x) {
   const Clip source = clip_of(op, "x", x), gradient = clip_of(op, "grad", grad), target = clip_of(op, "grad_x", grad_x);
-  check_like("grad", gradient, source, source.height, source.width);
-  check_like("grad_x", target, source, source.height, source.width);
+  check_like(op, "grad", gradient, source, source.height, source.width);
+  check_like(op, "grad_x", target, source, source.height, source.width);
   const float* pairs = floats_of(op, "terms", terms, source.num_samples * moments.size(1) * 2 * source.num_channels);
   if (x.numel() > 0) {
     const std::vector<float> affine = affine_of(source, moments, weight, bias);

@@ -2,8 +2,7 @@
 
 #include "group_norm_silu_kernels.h"
 
-#include <cstring>
-
+#include "border.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -34,26 +33,6 @@ void span_of_plane(const Element* source, Element* target, int64_t count, float 
   if (const int64_t left = count - i; left > 0) {
     const Vector x = load(source + i, left);
     store(target + i, result_of<Element, has_affine, has_silu>(x, means, scales, shifts), left);
-  }
-}
-
-// To the left and right of a row of pixels, `num_channels` elements each, that begins `border.left` pixels after `row`.
-template <class Element>
-void add_sides(Element* row, int64_t width, const Border& border, int64_t num_channels) {
-  auto fill = [&](int64_t column) {
-    const int64_t source = source_of(column, width, border.mode);
-    Element* target = row + (border.left + column) * num_channels;
-    if (source < 0) {
-      std::memset(target, 0, sizeof(Element) * num_channels);
-    } else {
-      std::memcpy(target, row + (border.left + source) * num_channels, sizeof(Element) * num_channels);
-    }
-  };
-  for (int64_t column = -border.left; column < 0; ++column) {
-    fill(column);
-  }
-  for (int64_t column = width; column < width + border.right; ++column) {
-    fill(column);
   }
 }
 
@@ -88,7 +67,7 @@ void planes(const Clip& x, const float* affine, int64_t num_parts, const Border&
       const int64_t source_row = source_of(row - border.top, x.height, border.mode);
       Element* target_row = target + row * out.width;
       if (source_row < 0) {
-        std::memset(target_row, 0, sizeof(Element) * out.width);
+        clear(target_row, out.width);
         continue;
       }
       span_of_plane<Element, has_affine, has_silu>(source + source_row * x.width, target_row + border.left, x.width,
@@ -130,9 +109,7 @@ void channels_last(const Clip& x, const float* affine, int64_t num_parts, const 
     const int64_t source_row = source_of(row - border.top, x.height, border.mode);
     Element* target = place_in<Element>(out, sample, 0, frame, row * out.width);
     if (source_row < 0) {
-      for (int64_t column = 0; column < out.width; ++column) {
-        std::memset(target + column * out.stride_w, 0, sizeof(Element) * num_channels);
-      }
+      clear(target, out.width * num_channels);
       return;
     }
     const float* place =
@@ -140,9 +117,7 @@ void channels_last(const Clip& x, const float* affine, int64_t num_parts, const 
     const Element* source = place_in<Element>(x, sample, 0, frame, source_row * x.width);
     pixels<Element, has_affine, has_silu>(source, x.stride_w, target + border.left * out.stride_w, out.stride_w,
                                           x.width, num_channels, place);
-    if (border.left || border.right) {
-      add_sides(target, x.width, border, num_channels);
-    }
+    add_sides(target, x.width, border, num_channels);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <string>
+#include <vector>
 
 #include "clip.h"
 
@@ -41,6 +42,33 @@ inline Clip clip_of(const char* op, const char* name, const torch::stable::Tenso
   STD_TORCH_CHECK(tensor.numel() == 0 || (rows_follow && (clip.channels_last || clip.stride_w == 1)), op, ": ", name,
                   " must have positions or channels side by side and rows that follow each other");
   return clip;
+}
+
+// The same, in the order of axes of `target` where a single position leaves it open.
+inline Clip clip_for(const char* op, const char* name, const torch::stable::Tensor& tensor, const Clip& target) {
+  Clip clip = clip_of(op, name, tensor);
+  if (clip.height * clip.width == 1 && clip.stride_c == 1) {
+    clip.channels_last = target.channels_last;
+  }
+  return clip;
+}
+
+inline void check_like(const char* op, const char* name, const Clip& clip, const Clip& x, int64_t height,
+                       int64_t width) {
+  STD_TORCH_CHECK(clip.num_samples == x.num_samples && clip.num_channels == x.num_channels &&
+                      clip.num_frames == x.num_frames && clip.height == height && clip.width == width &&
+                      clip.is_bf16 == x.is_bf16 && (clip.channels_last == x.channels_last || x.num_channels == 1),
+                  op, ": ", name, " must have x's dtype, order of axes and sizes");
+}
+
+// The border (left, right, top, bottom, mode) of `out` around x.
+inline Border border_of(const char* op, const std::vector<int64_t>& sizes, const Clip& x, const Clip& out) {
+  STD_TORCH_CHECK(sizes.size() == 5, op, ": border must be (left, right, top, bottom, mode)");
+  const Border border{sizes[0], sizes[1], sizes[2], sizes[3], static_cast<SpacePadding>(sizes[4])};
+  check_like(op, "out", out, x, x.height + border.top + border.bottom, x.width + border.left + border.right);
+  STD_TORCH_CHECK(generic::is_empty(border) || !out.channels_last || out.stride_w == out.num_channels, op,
+                  ": out must have pixels side by side");
+  return border;
 }
 
 // fp32 numbers of `tensor`, nullptr for none.

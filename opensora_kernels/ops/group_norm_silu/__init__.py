@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opensora_kernels import _extension, _triton
 from opensora_kernels.checks import check_choice, check_float, check_same_device
+from opensora_kernels.cpu_clips import why_not_dtype
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
 
@@ -74,10 +75,8 @@ def _moments_like(
     return [torch.empty(x.shape[0], num_frames, num_groups, 2, dtype=torch.float32, device=x.device)]
 
 
-def _why_not_on_cpu(x: Tensor, num_groups: int, weight: Any, bias: Any, *others: Any) -> str | None:
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"it computes float32 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
-    return None
+def _why_not_on_cpu(x: Tensor, *others: Any) -> str | None:
+    return why_not_dtype(x)
 
 
 _triton.register("group_norm_silu", saved_like=_moments_like)

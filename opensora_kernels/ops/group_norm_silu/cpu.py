@@ -12,10 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from opensora_kernels.cpu_clips import border_of, in_rows, wide
 from opensora_kernels.norms import memory_format
-
-_NO_BORDER = (0, 0, 0, 0, 0)
-_MODES = {"zeros": 0, "replicate": 1, "reflect": 2}
 
 
 def forward(
@@ -54,7 +52,7 @@ def backward(
     x = in_rows(x)
     layout = memory_format(x)
     grad = grads[0].contiguous(memory_format=layout)
-    given = (x, grad, saved[0], _wide(weight), _wide(bias))
+    given = (x, grad, saved[0], wide(weight), wide(bias))
     has_silu, rstd_BFG = activation == "silu", saved[0][..., 1]
     channels_per_group = x.shape[1] // num_groups
     rstd_BFC = rstd_BFG.repeat_interleave(channels_per_group, 2)
@@ -64,7 +62,7 @@ def backward(
         sums_BFC2 = sums_BFC2.sum(1, keepdim=True)
     grad_weight = (sums_BFC2[..., 1] * rstd_BFC).sum((0, 1)).to(weight.dtype) if wants_weight else None
     grad_bias = sums_BFC2[..., 0].sum((0, 1)).to(bias.dtype) if wants_bias else None
-    weighted = sums_BFC2 if weight is None else sums_BFC2 * _wide(weight)[:, None]
+    weighted = sums_BFC2 if weight is None else sums_BFC2 * wide(weight)[:, None]
     sums_BFG2 = weighted.unflatten(2, (num_groups, -1)).sum(3)
 
     grad_x = None
@@ -88,6 +86,8 @@ def moments_of(x: Tensor, num_groups: int, eps: float, per_frame: bool, statisti
     """Mean and 1 / deviation of each group, (B, F, G, 2): of `statistics` or, without, of x itself."""
     if statistics is None:
         statistics = frame_statistics(x)
+    if x.is_meta:  # memory is planned
+        return x.new_empty((x.shape[0], x.shape[2] if per_frame else 1, num_groups, 2), dtype=torch.float32)
     table = statistics.float().contiguous()
     frame_size = x.shape[3] * x.shape[4]
     return torch.ops.opensora_kernels.group_norm_silu_cpu_moments(table, num_groups, eps, per_frame, frame_size)
@@ -95,6 +95,8 @@ def moments_of(x: Tensor, num_groups: int, eps: float, per_frame: bool, statisti
 
 def frame_statistics(x: Tensor) -> Tensor:
     """As `norms.frame_statistics`, of x (B, C, T, H, W) in fp32 or bf16."""
+    if x.is_meta:
+        return x.new_empty((*x.shape[:3], 2), dtype=torch.float32)
     return torch.ops.opensora_kernels.group_norm_silu_cpu_statistics(in_rows(x))
 
 
@@ -109,21 +111,10 @@ def apply(
     space_padding: str = "zeros",
 ) -> None:
     """Writes silu(norm(x)) to `out`, in x's order of axes, with `space_pad` (left, right, top, bottom) around it."""
-    border = _NO_BORDER if space_pad is None else (*space_pad, _MODES[space_padding])
-    torch.ops.opensora_kernels.group_norm_silu_cpu_apply(x, moments, _wide(weight), _wide(bias), has_silu, border, out)
-
-
-def in_rows(x: Tensor) -> Tensor:
-    """x, or a copy if its rows do not follow each other or neither positions nor channels lie side by side."""
-    width = x.stride(4) if x.shape[4] > 1 else x.stride(3) if x.shape[3] > 1 else 1
-    are_rows = min(x.shape[3:]) == 1 or x.stride(3) == x.shape[4] * width
-    has_channels = memory_format(x) is torch.channels_last_3d
-    is_ready = not x.numel() or (are_rows and (has_channels or width == 1))
-    return x if is_ready else x.contiguous(memory_format=memory_format(x))
-
-
-def _wide(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.float().contiguous()
+    if x.is_meta:
+        return
+    border = border_of(space_pad, space_padding)
+    torch.ops.opensora_kernels.group_norm_silu_cpu_apply(x, moments, wide(weight), wide(bias), has_silu, border, out)
 
 
 def _statistics_gradient(statistics: Tensor, moments_BFG2: Tensor, sums_BFG2: Tensor, frame_size: int) -> Tensor:
