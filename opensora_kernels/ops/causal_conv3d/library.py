@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_kernels import cpu_convolution, cpu_steps
+from opensora_kernels import _extension, cpu_convolution, cpu_steps
+from opensora_kernels.cpu_clips import why_not_dtype
 from opensora_kernels.norms import like, memory_format
 
 from . import reference
@@ -31,8 +32,9 @@ def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
     if state is not None and not state.shape[2]:  # of a kernel of one tap
         state, time_pad = None, 0
     prepared = Preparation(
-        x, norm, norm_weight, norm_bias, num_groups, eps, per_frame, statistics, activation, space_padding, space_pad
-    )
+        x, norm, norm_weight, norm_bias, num_groups, eps, per_frame, statistics, activation, space_padding, space_pad,
+        shows_x=out is None or weight.shape[2] == 1,
+    )  # fmt: skip
 
     window, out_statistics, start, num_done, num_kept = None, [], 0, 0, 0
     for num_frames, num_results in steps:
@@ -105,9 +107,16 @@ def why_slower(*values: Any) -> str | None:
         return "torch.compile plans the memory of the reference itself"
     if _wants_gradients(values):
         return "gradients keep what every step makes, so that steps save nothing"
-    if len(_steps(*values)) < 2 and not cpu_convolution.is_for_onednn(*values[:3]):
+    if len(_steps(*values)) < 2 and not cpu_convolution.is_for_onednn(*values[:3]) and not _is_prepared(*values):
         return f"the clip is no larger than one step of {cpu_steps.STEP_BYTES >> 20} MiB"
     return None
+
+
+def _is_prepared(x: Tensor, *others: Any) -> bool:
+    """Whether the compiled library has something to do before the convolution."""
+    norm, activation = others[10], others[17]
+    is_ready = why_not_dtype(x) is None and _extension.why_not_loaded("cpu") is None
+    return bool(norm or activation) and is_ready and x.device.type in ("cpu", "meta")
 
 
 def _wants_gradients(values: tuple[Any, ...]) -> bool:

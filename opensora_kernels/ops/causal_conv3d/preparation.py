@@ -39,6 +39,7 @@ class Preparation:
     activation: str
     space_padding: str
     space_pad: list[int]
+    shows_x: bool  # a window may be a part of x; not where the result takes its memory meanwhile
 
     @cached_property
     def padding(self) -> list[int]:
@@ -93,7 +94,7 @@ class Preparation:
         is_first = previous is None
         num_front = num_kept if not is_first else time_pad if state is None else state.shape[2]
         start = frames.start - num_front
-        if not self._changes and start >= 0 and not (is_first and num_front):
+        if self.shows_x and not self._changes and start >= 0 and not (is_first and num_front):
             return self.x[:, :, start : frames.stop]
         if not self.is_by_library:
             return self._window_by_pytorch(previous, num_kept, frames, front)
@@ -158,7 +159,8 @@ class Preparation:
         if previous is not None:
             return _slide(previous, num_kept, hidden) if num_kept else hidden
         time_pad, time_padding, state = front
-        return pad_time(hidden, time_pad, time_padding, None if state is None else self._bordered(state))
+        window = pad_time(hidden, time_pad, time_padding, None if state is None else self._bordered(state))
+        return window.clone() if window is hidden and not self._changes else window
 
     def _bordered(self, x: Tensor) -> Tensor:
         return pad_for_convolution(x, 0, self.space_pad, "none", self.space_padding, None)[0]
