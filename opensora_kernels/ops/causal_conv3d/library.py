@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from opensora_kernels import _extension, cpu_convolution, cpu_steps
-from opensora_kernels.cpu_clips import why_not_dtype
+from opensora_kernels.cpu_norms import why_not_dtype
 from opensora_kernels.norms import like, memory_format
 
 from . import reference
-from .preparation import Preparation
+from .cpu_preparation import Preparation
 
 
 def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from opensora_kernels.cpu_clips import border_of, in_rows, wide
+from opensora_kernels.cpu_norms import apply_group_norm, group_moments, in_rows, wide
 from opensora_kernels.norms import memory_format
 
 
@@ -28,9 +28,9 @@ def forward(
 ) -> list[Tensor]:
     """The result, and the mean and 1 / deviation of each group: (B, F, G, 2) in fp32."""
     x = in_rows(x)
-    moments = moments_of(x, num_groups, eps, per_frame, statistics)
+    moments = group_moments(x, num_groups, eps, per_frame, statistics)
     out = torch.empty_like(x, memory_format=memory_format(x))
-    apply(x, moments, weight, bias, activation == "silu", out)
+    apply_group_norm(x, moments, weight, bias, activation == "silu", out)
     return [out, moments]
 
 
@@ -80,41 +80,6 @@ def backward(
     if wants_statistics:
         grad_statistics = _statistics_gradient(statistics, saved[0], sums_BFG2, x.shape[3] * x.shape[4])
     return [grad_x, None, grad_weight, grad_bias, None, None, None, grad_statistics]
-
-
-def moments_of(x: Tensor, num_groups: int, eps: float, per_frame: bool, statistics: Tensor | None) -> Tensor:
-    """Mean and 1 / deviation of each group, (B, F, G, 2): of `statistics` or, without, of x itself."""
-    if statistics is None:
-        statistics = frame_statistics(x)
-    if x.is_meta:  # memory is planned
-        return x.new_empty((x.shape[0], x.shape[2] if per_frame else 1, num_groups, 2), dtype=torch.float32)
-    table = statistics.float().contiguous()
-    frame_size = x.shape[3] * x.shape[4]
-    return torch.ops.opensora_kernels.group_norm_silu_cpu_moments(table, num_groups, eps, per_frame, frame_size)
-
-
-def frame_statistics(x: Tensor) -> Tensor:
-    """As `norms.frame_statistics`, of x (B, C, T, H, W) in fp32 or bf16."""
-    if x.is_meta:
-        return x.new_empty((*x.shape[:3], 2), dtype=torch.float32)
-    return torch.ops.opensora_kernels.group_norm_silu_cpu_statistics(in_rows(x))
-
-
-def apply(
-    x: Tensor,
-    moments: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    has_silu: bool,
-    out: Tensor,
-    space_pad: list[int] | None = None,
-    space_padding: str = "zeros",
-) -> None:
-    """Writes silu(norm(x)) to `out`, in x's order of axes, with `space_pad` (left, right, top, bottom) around it."""
-    if x.is_meta:
-        return
-    border = border_of(space_pad, space_padding)
-    torch.ops.opensora_kernels.group_norm_silu_cpu_apply(x, moments, wide(weight), wide(bias), has_silu, border, out)
 
 
 def _statistics_gradient(statistics: Tensor, moments_BFG2: Tensor, sums_BFG2: Tensor, frame_size: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opensora_kernels import _extension, _triton
 from opensora_kernels.checks import check_choice, check_float, check_same_device
-from opensora_kernels.cpu_clips import why_not_dtype
+from opensora_kernels.cpu_norms import why_not_dtype
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opensora_kernels.cpu_clips import border_of, in_rows, wide
+from opensora_kernels.cpu_norms import apply_rms_norm
 from opensora_kernels.norms import memory_format
 
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str) -> Tensor:
     out = torch.empty_like(x, memory_format=memory_format(x))
-    apply(in_rows(x), weight, bias, eps, activation == "silu", out)
+    apply_rms_norm(x, weight, bias, eps, activation == "silu", out)
     return out
 
 
@@ -44,20 +44,3 @@ def backward(
         grad_x = ((of_unit - unit * torch.where(length > eps, along, 0.0)) / length.clamp_min(eps)).to(x.dtype)
         grad_x = grad_x.contiguous(memory_format=memory_format(x))
     return [grad_x, grad_weight, grad_bias, None, None]
-
-
-def apply(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    has_silu: bool,
-    out: Tensor,
-    space_pad: list[int] | None = None,
-    space_padding: str = "zeros",
-) -> None:
-    """Writes silu(norm(x)) to `out`, in x's order of axes, with `space_pad` (left, right, top, bottom) around it."""
-    if x.is_meta:
-        return
-    border = border_of(space_pad, space_padding)
-    torch.ops.opensora_kernels.rms_norm_silu_cpu_apply(x, wide(weight), wide(bias), eps, has_silu, border, out)

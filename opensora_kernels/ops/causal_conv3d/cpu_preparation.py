@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from opensora_kernels import _extension, norms
+from opensora_kernels import _extension, cpu_norms, norms
 from opensora_kernels.causal_padding import pad_for_convolution, pad_time
-from opensora_kernels.cpu_clips import in_rows, why_not_dtype
 from opensora_kernels.norms import memory_format
-from opensora_kernels.ops.group_norm_silu import cpu as group_norm
-from opensora_kernels.ops.rms_norm_silu import cpu as rms_norm
 
 from . import reference
 
@@ -63,7 +60,7 @@ class Preparation:
             return False
         if self.norm == "rms" and any(each.dtype is not self.x.dtype for each in given):
             return False
-        return why_not_dtype(self.x) is None and _extension.why_not_loaded("cpu") is None
+        return cpu_norms.why_not_dtype(self.x) is None and _extension.why_not_loaded("cpu") is None
 
     @cached_property
     def _changes(self) -> bool:
@@ -74,7 +71,7 @@ class Preparation:
         """Of the whole clip, where the norm looks across frames."""
         if self.norm != "group" or self.per_frame:
             return None
-        return group_norm.moments_of(self.x, self.num_groups, self.eps, False, self.statistics)
+        return cpu_norms.group_moments(self.x, self.num_groups, self.eps, False, self.statistics)
 
     @cached_property
     def _clip_statistics(self) -> Tensor | None:
@@ -110,7 +107,7 @@ class Preparation:
     def statistics_of(self, result: Tensor) -> Tensor:
         """`norms.frame_statistics` of some frames of the convolution's result."""
         if self.is_by_library and result.dtype is self.x.dtype:
-            return group_norm.frame_statistics(result)
+            return cpu_norms.frame_statistics(result)
         return norms.frame_statistics(result)
 
     def _write_front(self, window: Tensor, num_front: int, time_padding: str, state: Tensor | None) -> None:
@@ -131,19 +128,21 @@ class Preparation:
     def _write(self, frames: slice, out: Tensor) -> None:
         part = self.x[:, :, frames]
         if self.norm == "rms":
-            rms_norm.apply(
-                in_rows(part), self.weight, self.bias, self.eps, self.activation == "silu", out, self.border,
+            cpu_norms.apply_rms_norm(
+                part, self.weight, self.bias, self.eps, self.activation == "silu", out, self.border,
                 self.space_padding,
             )  # fmt: skip
             return
         moments = self._clip_moments
         if self.norm == "group" and self.per_frame:
             given = self.statistics if self.statistics is None else self.statistics[:, :, frames]
-            moments = group_norm.moments_of(part, self.num_groups, self.eps, True, given)
+            moments = cpu_norms.group_moments(part, self.num_groups, self.eps, True, given)
         self._apply(part, moments, out, self.activation == "silu")
 
     def _apply(self, part: Tensor, moments: Tensor | None, out: Tensor, has_silu: bool = False) -> None:
-        group_norm.apply(in_rows(part), moments, self.weight, self.bias, has_silu, out, self.border, self.space_padding)
+        cpu_norms.apply_group_norm(
+            part, moments, self.weight, self.bias, has_silu, out, self.border, self.space_padding
+        )
 
     def _window_by_pytorch(
         self, previous: Tensor | None, num_kept: int, frames: slice, front: tuple[int, str, Tensor | None]
