@@ -16,7 +16,7 @@ from opensora_kernels.ops.causal_conv3d import causal_conv3d
 from opensora_kernels.ops.upsample_conv3d import upsample_conv3d
 
 from .norms import norm_of
-from .steps import may_write
+from .steps import a_few_at_a_time, is_on_cpu, may_write
 
 
 def is_image_block(module: nn.Module) -> bool:
@@ -33,13 +33,17 @@ def is_image_block(module: nn.Module) -> bool:
 
 
 def forward_image_block(self: nn.Module, input_tensor: Tensor, temb: Tensor | None = None, *args: Any) -> Tensor:
-    if temb is not None or args or (self.training and self.dropout.p > 0):
+    if temb is not None or args or not _is_for_us(self, input_tensor):
         return type(self).forward(self, input_tensor, temb, *args)
-    is_clip = _is_clip(input_tensor)
-    x = _as_clip(input_tensor, is_clip)
-    hidden = _convolve(self.conv1, self.norm1, x)
-    residual = x if self.conv_shortcut is None else _as_clip(self.conv_shortcut(input_tensor), is_clip)
-    return _as_pictures(_convolve(self.conv2, self.norm2, hidden, residual=residual, may_overwrite=is_clip), is_clip)
+
+    def run(pictures: Tensor) -> Tensor:
+        x = _as_clip(pictures)
+        hidden = _convolve(self.conv1, self.norm1, x)
+        residual = x if self.conv_shortcut is None else _as_clip(self.conv_shortcut(pictures))
+        out = _convolve(self.conv2, self.norm2, hidden, residual=residual, may_overwrite=True)
+        return _as_pictures(out, pictures)
+
+    return run(input_tensor) if _has_channels_last(input_tensor) else a_few_at_a_time(run, input_tensor)
 
 
 def is_image_upsampling(module: nn.Module) -> bool:
@@ -52,12 +56,15 @@ def is_image_upsampling(module: nn.Module) -> bool:
 
 
 def upsample_image(self: nn.Module, hidden_states: Tensor, output_size: Any = None, *args: Any) -> Tensor:
-    if output_size is not None or args:
+    if output_size is not None or args or not _is_for_us(self, hidden_states):
         return type(self).forward(self, hidden_states, output_size, *args)
-    is_clip = _is_clip(hidden_states)
-    x = _as_clip(hidden_states, is_clip)
-    out = upsample_conv3d(x, self.conv.weight.unsqueeze(2), self.conv.bias, time_padding="none")
-    return _as_pictures(out, is_clip)
+
+    def run(pictures: Tensor) -> Tensor:
+        weight = self.conv.weight.unsqueeze(2)
+        out = upsample_conv3d(_as_clip(pictures), weight, self.conv.bias, time_padding="none")
+        return _as_pictures(out, pictures)
+
+    return run(hidden_states) if _has_channels_last(hidden_states) else a_few_at_a_time(run, hidden_states)
 
 
 def _convolve(conv: nn.Conv2d, norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
@@ -72,13 +79,18 @@ def _is_three_by_three(conv: nn.Module) -> bool:
     return has_sizes and conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
-def _is_clip(x_NCHW: Tensor) -> bool:
-    return may_write(x_NCHW) and x_NCHW.stride(1) == 1 and x_NCHW.shape[1] > 1 and not x_NCHW.is_contiguous()
+def _is_for_us(module: nn.Module, x_NCHW: Tensor) -> bool:
+    """On a CPU, without gradients. Whoever records the forward sees the module's own."""
+    return may_write(x_NCHW) and is_on_cpu(x_NCHW) and not module.training
 
 
-def _as_clip(x_NCHW: Tensor, is_clip: bool) -> Tensor:
-    return x_NCHW.transpose(0, 1).unsqueeze(0) if is_clip else x_NCHW.unsqueeze(2)
+def _has_channels_last(x_NCHW: Tensor) -> bool:
+    return x_NCHW.stride(1) == 1 and x_NCHW.shape[1] > 1 and not x_NCHW.is_contiguous()
 
 
-def _as_pictures(x: Tensor, is_clip: bool) -> Tensor:
-    return x.squeeze(0).transpose(0, 1) if is_clip else x.squeeze(2)
+def _as_clip(x_NCHW: Tensor) -> Tensor:
+    return x_NCHW.transpose(0, 1).unsqueeze(0) if _has_channels_last(x_NCHW) else x_NCHW.unsqueeze(2)
+
+
+def _as_pictures(x: Tensor, like_NCHW: Tensor) -> Tensor:
+    return x.squeeze(0).transpose(0, 1) if _has_channels_last(like_NCHW) else x.squeeze(2)
