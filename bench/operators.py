@@ -176,8 +176,9 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--cases", nargs="+", metavar="CASE", help="small (those of the tests), large (layers of releases), sizes "
         "(growing: tokens, pixels or frames), or names; default: sizes, and on a GPU large too")  # fmt: skip
     add("--direction", choices=["forward", "backward", "both"], default="forward", help="backward: gradients alone")
-    add("--backends", nargs="+", choices=get_args(backends.Backend), metavar="BACKEND",
-        help=f"of {', '.join(get_args(backends.Backend))}; default: all that the operator has")  # fmt: skip
+    add("--backends", nargs="+", choices=[*get_args(backends.Backend), "compile"], metavar="BACKEND",
+        help=f"of {', '.join(get_args(backends.Backend))}; default: all that the operator has; torch.compile of the "
+        "reference is always there, unless --no-compile")  # fmt: skip
     add("--peers", nargs="+", choices=[*PACKAGES, "none"], metavar="PEER",
         help=f"of {', '.join(PACKAGES)}, or none; default: all that apply")  # fmt: skip
     add("--no-compile", action="store_true", help="leave out torch.compile of the reference")

@@ -33,15 +33,39 @@ def conv3d(
     (torch 2.13, a Xeon, 2026-11-22: 3 frames of 26 x 26 with 128 channels, 5 of 98 x 98 with 16).
     """
     if not is_for_onednn(x, weight, bias):
-        return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+        if not _is_of_frames(x, weight, stride, padding):
+            return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+        return clip_of(
+            F.conv2d(pictures_of(x), weight[:, :, 0], bias, stride[1:], padding[1:], dilation[1:], groups), x
+        )
     x, weight = (each.contiguous(memory_format=memory_format(x)) for each in (x, weight))  # it does not look at strides
     bias = bias if bias is None else bias.contiguous()
     if weight.shape[2] > 1 or stride[0] > 1 or padding[0] > 0:
         return _convolve(x, weight, bias, padding, stride, dilation, groups)
     # of 3-D kernels of one tap in time it chooses by the number of frames, and chunks would differ from the whole
-    frames, kernel = x.transpose(1, 2).flatten(0, 1), weight[:, :, 0]
-    out = _convolve(frames, kernel, bias, padding[1:], stride[1:], dilation[1:], groups)
-    return out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    out = _convolve(pictures_of(x), weight[:, :, 0], bias, padding[1:], stride[1:], dilation[1:], groups)
+    return clip_of(out, x)
+
+
+def pictures_of(x: Tensor) -> Tensor:
+    """The frames of x (B, C, T, H, W), sample after sample. Strides stay those of channels last, which flattening of
+    single samples loses: PyTorch then copies the picture to convolve it."""
+    if x.shape[0] == 1:
+        return x[0].transpose(0, 1)
+    return x[:, :, 0] if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
+
+
+def clip_of(pictures: Tensor, x: Tensor) -> Tensor:
+    if x.shape[0] == 1:
+        return pictures.transpose(0, 1).unsqueeze(0)
+    return pictures.unsqueeze(2) if x.shape[2] == 1 else pictures.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def _is_of_frames(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether each frame is convolved by itself and, as pictures, none is copied first."""
+    if weight.shape[2] > 1 or stride[0] > 1 or padding[0] > 0 or not x.numel():
+        return False
+    return x.shape[2] == 1 or memory_format(x) is torch.channels_last_3d
 
 
 def _convolve(

@@ -73,6 +73,9 @@ class SpatialVAE(nn.Module):
 
     def _frame_by_frame(self, function: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
         x_NCHW = x_BCTHW.transpose(1, 2).flatten(0, 1)
+        if type(x_NCHW) is Tensor and x_NCHW.device.type == "cpu" and not torch.is_grad_enabled():
+            # which PyTorch's convolutions on a CPU do not reorder; those after it keep it
+            x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
         y_NCHW = _in_batches(function, x_NCHW, self.micro_batch_size)
         return y_NCHW.unflatten(0, (x_BCTHW.shape[0], x_BCTHW.shape[2])).transpose(1, 2)
 

@@ -18,7 +18,7 @@ from opensora_kernels.ops.rms_norm import rms_norm
 from . import convolutions
 from .convolutions import Run
 from .norms import apply_norm, norm_of
-from .steps import add, frame_steps, may_write
+from .steps import a_few_at_a_time, add, frame_steps, may_write
 
 
 def _chain(
@@ -296,16 +296,9 @@ def forward_frames_apart(self: nn.Module, hidden_states: Tensor, *args: Any, **o
     def run(frames: Tensor) -> Tensor:
         return type(self).forward(self, frames, *args, **options)
 
-    steps = frame_steps(hidden_states.unsqueeze(0).transpose(1, 2), 1)
-    if self.training or len(steps) == 1 or any(each is not None for each in (*args, *options.values())):
+    if self.training or any(each is not None for each in (*args, *options.values())):
         return run(hidden_states)
-    out = None
-    for frames in steps:
-        step = run(hidden_states[frames])
-        if out is None:
-            out = step.new_empty(hidden_states.shape[0], *step.shape[1:])
-        out[frames] = step
-    return out
+    return a_few_at_a_time(run, hidden_states)
 
 
 def forward_temporal_layer(self: nn.Module, hidden_states: Tensor, batch_size: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from . import blocks, convolutions, latent_norms, resampling
+from . import blocks, convolutions, image_blocks, latent_norms, resampling
 from .norms import norm_of
 from .rehearsals import (
     Forward,
@@ -254,6 +254,10 @@ RECIPES = (
     Recipe(
         latent_norms.is_latent_norm, latent_norms.forward_latent_norm, ("group_norm_silu",), with_latent,
         ("norm_layer", "conv_y", "conv_y.conv", "conv_b", "conv_b.conv"), (1, 0, 3, 4, 6),
+    ),
+    Recipe(image_blocks.is_image_block, image_blocks.forward_image_block, _CHAIN, of_frames_alone, _NORMS),
+    Recipe(
+        image_blocks.is_image_upsampling, image_blocks.upsample_image, ("upsample_conv3d",), of_frames, ("conv",)
     ),
     Recipe(_is_upsampling, resampling.upsample_frames, ("upsample_conv3d",), of_frames, ("0", "1")),
     Recipe(

@@ -5,6 +5,8 @@ Axes: B batch, C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,17 @@ def frame_steps(x: Tensor, num_least: int) -> list[slice]:
     each = frames_at_once(x.nbytes // num_frames)
     stops = [*range(max(each, num_least), num_frames, each), num_frames]
     return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def a_few_at_a_time(run: Callable[[Tensor], Tensor], frames_NCHW: Tensor) -> Tensor:
+    """run(frames) for frames that it does not mix, on a CPU in steps."""
+    steps = frame_steps(frames_NCHW.unsqueeze(0).transpose(1, 2), 1)
+    if len(steps) == 1:
+        return run(frames_NCHW)
+    out = None
+    for frames in steps:
+        step = run(frames_NCHW[frames])
+        if out is None:
+            out = step.new_empty(frames_NCHW.shape[0], *step.shape[1:])
+        out[frames] = step
+    return out

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opensora_kernels import group_norm_silu, use
+from opensora_kernels.backends import why_not
 from tests.ops.properties import CLIP_MEMORY, DTYPES, Numbers, assert_triton_is_accurate, clips, interpreted
 
 
@@ -62,10 +63,17 @@ def test_one_frame_does_not_change_another_per_frame():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rounds_where_the_unfused_modules_round(dtype: torch.dtype):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_rounds_where_the_unfused_modules_round(backend: str, dtype: torch.dtype):
     x = drawn(2, 8, 3, 5, 4, dtype=dtype)
     weight, bias = drawn(8, seed=1, dtype=dtype), drawn(8, seed=2, dtype=dtype)
-    assert torch.equal(group_norm_silu(x, 4, weight, bias), F.silu(F.group_norm(x, 4, weight, bias, 1e-6)))
+    if backend == "cpu" and dtype is not torch.bfloat16:
+        pytest.skip("in fp32 sums in another order differ in the last digit; fp16 it does not compute")
+    if (reason := why_not("group_norm_silu", backend, x, 4, weight, bias, 1e-6, False, "silu", None)) is not None:
+        pytest.skip(reason)
+    with use(group_norm_silu=backend):
+        out = group_norm_silu(x, 4, weight, bias)
+    assert torch.equal(out, F.silu(F.group_norm(x, 4, weight, bias, 1e-6)))
 
 
 def test_group_of_one_element_becomes_its_bias():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opensora_kernels import rms_norm_silu, use
+from opensora_kernels.backends import why_not
 from tests.ops.accuracy import assert_accurate
 from tests.ops.properties import CLIP_MEMORY, DTYPES, Numbers, assert_triton_is_accurate, clips, interpreted
 from tests.vae.live_bytes import LiveBytes
@@ -40,10 +41,17 @@ def test_a_position_of_zeros_stays_zero_and_has_finite_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rounds_where_the_unfused_modules_round(dtype: torch.dtype):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_rounds_where_the_unfused_modules_round(backend: str, dtype: torch.dtype):
     x, weight = drawn(2, 96, 2, 5, 4, dtype=dtype), drawn(96, seed=1, dtype=dtype)
+    if backend == "cpu" and dtype is not torch.bfloat16:
+        pytest.skip("in fp32 sums in another order differ in the last digit; fp16 it does not compute")
+    if (reason := why_not("rms_norm_silu", backend, x, weight, None, 1e-12, "silu")) is not None:
+        pytest.skip(reason)
     unit = F.normalize(x.float(), dim=1).to(dtype)
-    assert torch.equal(rms_norm_silu(x, weight), F.silu(unit * 96**0.5 * weight.view(96, 1, 1, 1)))
+    with use(rms_norm_silu=backend):
+        out = rms_norm_silu(x, weight)
+    assert torch.equal(out, F.silu(unit * 96**0.5 * weight.view(96, 1, 1, 1)))
 
 
 def test_a_frame_alone_is_as_in_the_clip():

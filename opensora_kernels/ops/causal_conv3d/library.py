@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_kernels import cpu_convolution, cpu_steps
-from opensora_kernels.causal_padding import pad_for_convolution, pad_time
-from opensora_kernels.norms import frame_statistics, group_statistics, like, memory_format
+from opensora_kernels import _extension, cpu_convolution, cpu_steps
+from opensora_kernels.cpu_norms import why_not_dtype
+from opensora_kernels.norms import like, memory_format
 
 from . import reference
+from .cpu_preparation import Preparation
 
 
 def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
@@ -30,47 +31,48 @@ def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
         return reference.causal_conv3d(*values)
     if state is not None and not state.shape[2]:  # of a kernel of one tap
         state, time_pad = None, 0
-    looks_across_frames = norm == "group" and not per_frame
-    if looks_across_frames and statistics is None:
-        statistics = group_statistics(x, num_groups)
-    carries = dilation[0] * (weight.shape[2] - 1) + 1 > stride[0] or time_pad > 0 or state is not None
+    prepared = Preparation(
+        x, norm, norm_weight, norm_bias, num_groups, eps, per_frame, statistics, activation, space_padding, space_pad,
+        shows_x=out is None or weight.shape[2] == 1,
+    )  # fmt: skip
 
     window, out_statistics, start, num_done, num_kept = None, [], 0, 0, 0
     for num_frames, num_results in steps:
         frames, results = slice(start, start + num_frames), slice(num_done, num_done + num_results)
-        hidden = reference.prepare(
-            x[:, :, frames], norm, norm_weight, norm_bias, num_groups, eps, per_frame,
-            statistics if statistics is None or looks_across_frames else statistics[:, :, frames], activation,
-        )  # fmt: skip
-        hidden, padding = pad_for_convolution(hidden, 0, space_pad, "none", space_padding, None)
-        if window is None and carries:
-            front = None if state is None else pad_for_convolution(state, 0, space_pad, "none", space_padding, None)[0]
-            window = pad_time(hidden, time_pad, time_padding, front)
-            window = window.clone() if window is hidden and len(steps) > 1 else window  # it is written into
-        else:
-            window = _slide(window, num_kept, hidden) if carries else hidden
-        del hidden  # not held while the convolution makes its own copies
-        step = cpu_convolution.conv3d(window, weight, bias, stride, padding, dilation, groups)
+        window = prepared.window(window, num_kept, frames, (time_pad, time_padding, state))
+        step = cpu_convolution.conv3d(window, weight, bias, stride, prepared.padding, dilation, groups)
         num_kept = window.shape[2] - num_results * stride[0]
-        if return_state and start + num_frames == x.shape[2]:
-            left, _, top, _ = space_pad if padding == [0, 0, 0] else [0] * 4
-            kept = window[:, :, window.shape[2] - num_kept :, top : top + x.shape[3], left : left + x.shape[4]]
+        if return_state and frames.stop == x.shape[2]:
+            kept = _without_border(window[:, :, window.shape[2] - num_kept :], prepared)
             kept = kept.clone(memory_format=memory_format(x))  # before the result takes the memory of x
-        if residual is not None:
-            step.add_(residual[:, :, results])
-        if return_statistics:
-            out_statistics.append(frame_statistics(step))
-        if out is None and len(steps) == 1:
-            out = like(x, step)
-            break
-        if out is None:  # autocast chooses its dtype
+        if out is None and len(steps) > 1:  # autocast chooses its dtype
             shape = (*step.shape[:2], sum(count for _, count in steps), *step.shape[3:])
             out = torch.empty(shape, dtype=step.dtype, device=x.device, memory_format=memory_format(x))
-        out[:, :, results] = step
-        del step
+        made = _finish(step, None if residual is None else residual[:, :, results], out, results)
+        if return_statistics:
+            out_statistics.append(prepared.statistics_of(made))
+        if out is None:
+            out = like(x, made)
+        del step, made
         start, num_done = start + num_frames, num_done + num_results
     others = [torch.cat(out_statistics, 2)] if return_statistics else []
     return [out, kept, *others] if return_state else [out, *others]
+
+
+def _without_border(window: Tensor, prepared: Preparation) -> Tensor:
+    left, _, top, _ = prepared.border
+    height, width = prepared.x.shape[3:]
+    return window[..., top : top + height, left : left + width]
+
+
+def _finish(step: Tensor, residual: Tensor | None, out: Tensor | None, results: slice) -> Tensor:
+    """The frames of a step with the residual, in `out` if there is one."""
+    if out is None:
+        return step if residual is None else step.add_(residual)
+    place = out[:, :, results]
+    if residual is None or residual.dtype is not step.dtype or place.dtype is not step.dtype:
+        return place.copy_(step if residual is None else step.add_(residual))
+    return torch.add(step, residual, out=place)
 
 
 def room_for_result(*values: Any) -> Tensor | None:
@@ -92,17 +94,6 @@ def room_for_result(*values: Any) -> Tensor | None:
     return x[:, :, start : start + x.shape[2] - num_missing]
 
 
-def _slide(window: Tensor, num_kept: int, hidden: Tensor) -> Tensor:
-    """The last `num_kept` frames of the window and those of `hidden`, in the window's own memory if they fill it."""
-    num_dropped = window.shape[2] - num_kept
-    if hidden.shape[2] != num_dropped:
-        return torch.cat([window[:, :, num_dropped:], hidden], 2)
-    for index in range(num_kept):
-        window[:, :, index] = window[:, :, index + num_dropped]
-    window[:, :, num_kept:] = hidden
-    return window
-
-
 def why_not(x: Tensor, weight: Tensor, bias: Any, stride: list[int], dilation: list[int], *others: Any) -> str | None:
     if x.device.type not in ("cpu", "meta"):  # on meta tensors memory is planned
         return f"it is made for the CPU's convolution, got tensors on {x.device.type}"
@@ -116,9 +107,16 @@ def why_slower(*values: Any) -> str | None:
         return "torch.compile plans the memory of the reference itself"
     if _wants_gradients(values):
         return "gradients keep what every step makes, so that steps save nothing"
-    if len(_steps(*values)) < 2 and not cpu_convolution.is_for_onednn(*values[:3]):
+    if len(_steps(*values)) < 2 and not cpu_convolution.is_for_onednn(*values[:3]) and not _is_prepared(*values):
         return f"the clip is no larger than one step of {cpu_steps.STEP_BYTES >> 20} MiB"
     return None
+
+
+def _is_prepared(x: Tensor, *others: Any) -> bool:
+    """Whether the compiled library has something to do before the convolution."""
+    norm, activation = others[10], others[17]
+    is_ready = why_not_dtype(x) is None and _extension.why_not_loaded("cpu") is None
+    return bool(norm or activation) and is_ready and x.device.type in ("cpu", "meta")
 
 
 def _wants_gradients(values: tuple[Any, ...]) -> bool:

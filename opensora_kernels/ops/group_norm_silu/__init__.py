@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opensora_kernels import _triton
+from opensora_kernels import _extension, _triton
 from opensora_kernels.checks import check_choice, check_float, check_same_device
+from opensora_kernels.cpu_norms import why_not_dtype
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
 
@@ -74,4 +75,9 @@ def _moments_like(
     return [torch.empty(x.shape[0], num_frames, num_groups, 2, dtype=torch.float32, device=x.device)]
 
 
+def _why_not_on_cpu(x: Tensor, *others: Any) -> str | None:
+    return why_not_dtype(x)
+
+
 _triton.register("group_norm_silu", saved_like=_moments_like)
+_extension.register("group_norm_silu", "cpu", why_not=_why_not_on_cpu, saved_like=_moments_like)

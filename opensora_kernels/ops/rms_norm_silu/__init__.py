@@ -6,8 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from opensora_kernels import _triton
+from opensora_kernels import _extension, _triton
 from opensora_kernels.checks import check_choice, check_float, check_same_device
+from opensora_kernels.cpu_norms import why_not_dtype
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
 
@@ -49,4 +50,14 @@ register_op(
     "(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
     reference.rms_norm_silu,
 )
+
+
+def _why_not_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, *others: object) -> str | None:
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.dtype is not x.dtype:
+            return f"it rounds in x's dtype, but {name} has another one: {str(parameter.dtype).removeprefix('torch.')}"
+    return why_not_dtype(x)
+
+
 _triton.register("rms_norm_silu")
+_extension.register("rms_norm_silu", "cpu", why_not=_why_not_on_cpu)

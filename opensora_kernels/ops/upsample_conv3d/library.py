@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora_kernels.causal_padding import pad_time
-from opensora_kernels.cpu_convolution import conv3d
+from opensora_kernels.cpu_convolution import clip_of, conv3d, pictures_of
 from opensora_kernels.cpu_steps import frames_at_once
 from opensora_kernels.norms import memory_format
 from opensora_kernels.ops.causal_conv3d import causal_conv3d
@@ -84,9 +84,8 @@ def _summed(weight: Tensor) -> list[tuple[int, int, Tensor]]:
 def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None, pad: int) -> Tensor:
     if weight.shape[2] > 1 or window.dtype is torch.float32:
         return conv3d(window, weight, bias, padding=(0, pad, pad))
-    frames = window.transpose(1, 2).flatten(0, 1)  # PyTorch's 2-D convolution takes less time than its 3-D one
-    out = F.conv2d(frames, weight[:, :, 0], bias, padding=pad)
-    return out.unflatten(0, (window.shape[0], -1)).transpose(1, 2)
+    # PyTorch's 2-D convolution takes less time than its 3-D one
+    return clip_of(F.conv2d(pictures_of(window), weight[:, :, 0], bias, padding=pad), window)
 
 
 def why_not(
