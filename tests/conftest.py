@@ -14,8 +14,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 if _triton.is_interpreted() and _triton.why_not_installed() is None:
     from tests.interpreter import repair
+    from tests.interpreter_speed import quicken
 
     repair()
+    quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
