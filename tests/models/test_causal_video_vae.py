@@ -61,6 +61,7 @@ def test_full_size_has_exactly_the_keys_and_shapes_of_the_release(version: str, 
         assert sum(p.numel() for p in half.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "tiling"), [("1.0", TILING_V1_0), ("1.1", TILING_V1_1), ("1.1", None)])
 def test_meta_tensors_tell_the_shapes_of_a_69_frame_clip(
     version: str, tiling: VAETiling | None, monkeypatch: pytest.MonkeyPatch
