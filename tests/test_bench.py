@@ -76,6 +76,7 @@ def test_every_backend_and_peer_is_measured_beside_the_reference(tmp_path: Path,
     assert "spread: the same version timed twice differs by" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_family_of_sizes_is_measured_in_both_directions(direction: str, tmp_path: Path, monkeypatch):
     smaller = {op: workload.Case("x=1", chosen_cases(op, "sizes")[0].make) for op in FAMILIES}

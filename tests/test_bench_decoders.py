@@ -95,8 +95,13 @@ def test_an_unknown_model_is_refused(capsys):
     assert "'sora'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_memory_on_paper_shows_what_each_version_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
     monkeypatch.setattr(on_paper, "of_diffusers", lambda decoder, is_tiny: decoders.of_diffusers(decoder, is_tiny=True))
+    # two by two of its tiles of 32 latents, not three by five
+    monkeypatch.setitem(
+        decoders.DECODERS, "hunyuan_video", replace(decoders.DECODERS["hunyuan_video"], on_gpu=(5, 40, 48))
+    )
     path = tmp_path / "memory.json"
     assert main(["memory", "--models", "hunyuan_video", "--dtype", "bf16", "--json", str(path)]) == 0
     whole, tiled = json.loads(path.read_text())["rows"]

@@ -17,6 +17,8 @@ from opensora_kernels import gather_sequence, sequence_all_to_all, split_sequenc
 from tests.sequence_parallel import checks, peers_checks, shards_checks
 from tests.sequence_parallel.worlds import PASSED, World, run
 
+pytestmark = pytest.mark.slow
+
 # Compiling takes longer than all other checks, and nothing in it depends on the number of ranks.
 _COMPILED = checks.split_attention_and_gathering_compile_to_one_graph
 CHECKS_OF = {

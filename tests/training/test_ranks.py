@@ -12,6 +12,8 @@ import pytest
 from tests.sequence_parallel.worlds import PASSED, run
 from tests.training import rank_checks, recipe_rank_checks
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CHECKS = [(4, check.__name__) for check in rank_checks.IN_FOUR] + [(2, check.__name__) for check in rank_checks.IN_TWO]
 

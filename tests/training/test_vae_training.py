@@ -165,6 +165,7 @@ def test_sharpness_is_the_share_of_gradient_energy_that_is_left():
     assert halved[2].item() == pytest.approx(0.25, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_discriminator_makes_reconstructions_sharper_at_the_same_psnr(folder: Path, tmp_path: Path, monkeypatch):
     found: dict[str, dict[str, float]] = {}
     measure = vae_trainer._VAETask.validate

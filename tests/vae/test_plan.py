@@ -185,6 +185,7 @@ def test_budgets_are_read_as_written(text: object, number: int):
     assert parse_bytes(text) == number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
