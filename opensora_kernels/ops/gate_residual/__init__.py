@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from opensora_kernels import _triton
+from opensora_kernels import _extension, _triton
+from opensora_kernels._cpu import why_not_these
 from opensora_kernels.checks import check_float, check_mask, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
 
@@ -66,10 +69,16 @@ def gate_residual(
     return outs[0] if shift is None else tuple(outs)
 
 
+def _passes(*values: Any) -> list[int]:
+    """Without the modulation, x's gradient is that of the sum."""
+    return [0] if values[5] is None else []
+
+
 register_op(
     "gate_residual",
     "(Tensor x, Tensor y, Tensor gate, Tensor? frame_mask, Tensor? gate0, Tensor? shift, Tensor? scale, "
     "Tensor? shift0, Tensor? scale0, float eps) -> Tensor[]",
     reference.gate_residual,
 )
-_triton.register("gate_residual", passes=lambda *values: [0] if values[5] is None else [])  # x's, without shift
+_triton.register("gate_residual", passes=_passes)
+_extension.register("gate_residual", "cpu", why_not=why_not_these, passes=_passes)

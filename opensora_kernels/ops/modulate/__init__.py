@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from opensora_kernels import _triton
+from opensora_kernels import _extension, _triton
+from opensora_kernels._cpu import why_not_these
 from opensora_kernels.checks import check_float, check_mask, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
 
@@ -64,3 +65,4 @@ register_op(
     reference.modulate,
 )
 _triton.register("modulate")
+_extension.register("modulate", "cpu", why_not=why_not_these)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from opensora_kernels import _triton
+from opensora_kernels import _extension, _triton
+from opensora_kernels._cpu import why_not_these
 from opensora_kernels.checks import check_float, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
 
@@ -31,3 +32,4 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
 
 register_op("rms_norm", "(Tensor x, Tensor? weight, float eps) -> Tensor", reference.rms_norm)
 _triton.register("rms_norm")
+_extension.register("rms_norm", "cpu", why_not=why_not_these)

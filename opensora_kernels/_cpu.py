@@ -1,0 +1,33 @@
+"""What operators' CPU backends share: the tensors that the compiled CPU library takes, and why it refuses others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def why_not_these(*values: Any) -> str | None:
+    """None if all tensors among the arguments of a call have a dtype that the CPU library computes in, else a sentence.
+
+    Flags and whole numbers, such as masks and lengths, are not asked."""
+    for value in values:
+        if isinstance(value, Tensor) and value.dtype not in _DTYPES and value.is_floating_point():
+            return f"the compiled CPU library takes float32 and bfloat16, got a tensor of {value.dtype}"
+    return None
+
+
+def dense_rows(*values: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, those whose last axis has gaps as copies without."""
+    return [
+        value if value is None or value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
+        for value in values
+    ]
+
+
+def dense(*values: Tensor | None) -> list[Tensor | None]:
+    """The same tensors without gaps: for small ones, which the library reads without strides."""
+    return [value if value is None else value.contiguous() for value in values]
