@@ -31,3 +31,23 @@ def dense_rows(*values: Tensor | None) -> list[Tensor | None]:
 def dense(*values: Tensor | None) -> list[Tensor | None]:
     """The same tensors without gaps: for small ones, which the library reads without strides."""
     return [value if value is None else value.contiguous() for value in values]
+
+
+def norm_rope_options(
+    q_weight: Tensor | None, eps: float, order: str, rope_layout: str, norm_scope: str
+) -> tuple[bool, float, bool, bool, bool]:
+    """As the library's operators take them."""
+    has_norm = q_weight is not None
+    is_token = norm_scope == "token" and has_norm
+    return has_norm, eps, order == "rope_norm", rope_layout == "interleaved", is_token
+
+
+def parameter_gradients(
+    of_weights: Tensor, of_angles: Tensor, parameters: tuple[Tensor | None, ...], wanted: list[bool]
+) -> list[Tensor | None]:
+    """Of both weights, cos and sin, each in its own dtype; None where it is not wanted."""
+    found = [*(of_weights if any(wanted[:2]) else (None, None)), *(of_angles if any(wanted[2:]) else (None, None))]
+    return [
+        grad.to(value.dtype) if is_wanted else None
+        for grad, value, is_wanted in zip(found, parameters, wanted, strict=True)
+    ]

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from opensora_kernels import _triton, backends
+from opensora_kernels import _extension, _triton, backends
+from opensora_kernels._cpu import why_not_these
 from opensora_kernels.backends import Implementation
 from opensora_kernels.checks import check_float, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
@@ -99,3 +100,4 @@ backends.register(
     "library",
     Implementation(library.attention, why_not=library.why_not, why_slower=library.why_slower, is_plain=True),
 )
+_extension.register("attention", "cpu", why_not=why_not_these)

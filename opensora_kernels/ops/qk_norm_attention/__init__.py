@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from opensora_kernels import _triton, backends
+from opensora_kernels import _extension, _triton, backends
 from opensora_kernels.backends import Implementation
 from opensora_kernels.checks import check_float, check_same_device, check_shape
-from opensora_kernels.ops.qk_norm_rope import NormScope, Order, RopeLayout, check_qk_norm_rope
+from opensora_kernels.ops.qk_norm_rope import NormScope, Order, RopeLayout, check_qk_norm_rope, why_no_cpu
 from opensora_kernels.registration import call, register_op
 
 from . import library, reference
@@ -72,6 +72,13 @@ def _why_no_triton(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *ot
     return None
 
 
+def _why_no_cpu(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *others: Any) -> str | None:
+    *_, norm_scope, scale = others
+    if norm_scope == "token" and q_weight is not None:
+        return 'heads are attended to one by one, but norm_scope "token" takes the mean over all'
+    return why_no_cpu(q, k, q_weight, *others[:3])
+
+
 register_op(
     "qk_norm_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, "
@@ -81,3 +88,4 @@ register_op(
 )
 backends.register("qk_norm_attention", "library", Implementation(library.qk_norm_attention, is_plain=True))
 _triton.register("qk_norm_attention", why_not=_why_no_triton)
+_extension.register("qk_norm_attention", "cpu", why_not=_why_no_cpu)
