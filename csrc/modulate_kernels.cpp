@@ -78,7 +78,7 @@ inline Statistics layer_norm(int64_t num_channels, float eps, const Source& sour
                            const Vector centred = source(i, lanes) - mean;
                            return centred * centred;
                          });
-  return {mean, reciprocal_root(splat(variance + eps))};
+  return {mean, reciprocal_root_of(variance + eps)};
 }
 
 template <class X>

@@ -8,14 +8,19 @@
 
 namespace opensora::OPENSORA_CAPABILITY {
 
-template <class Element>
-inline Element* sample_of(const Heads& heads, int64_t sample) {
+// Where a sample begins, in elements.
+inline int64_t offset_of(const Heads& heads, int64_t sample) {
   int64_t offset = 0;
   for (int64_t axis = heads.num_axes - 1; axis >= 0; --axis) {
     offset += sample % heads.sizes[axis] * heads.strides[axis];
     sample /= heads.sizes[axis];
   }
-  return static_cast<Element*>(heads.data) + offset;
+  return offset;
+}
+
+template <class Element>
+inline Element* sample_of(const Heads& heads, int64_t sample) {
+  return static_cast<Element*>(heads.data) + offset_of(heads, sample);
 }
 
 // Cosines and sines in fp32, as `rotate` takes them: for interleaved pairs one for each element, with the sines of
@@ -132,7 +137,7 @@ inline Vector reciprocal_length(const NormRope& form, const HeadGroup<X>& group,
       return value * value;
     });
   }
-  return reciprocal_root(splat(squares / static_cast<float>(group.num_heads * group.head_size) + form.eps));
+  return reciprocal_root_of(squares / static_cast<float>(group.num_heads * group.head_size) + form.eps);
 }
 
 // write(head, start, lanes, value) of the group's normalised and rotated heads, rounded where the reference rounds.
@@ -220,7 +225,7 @@ inline void norm_rope_group_backward(const NormRope& form, const HeadGroup<X>& g
     const auto write_grad = [&](int64_t i, auto lanes, Vector value) { store(grad_row + i, value, lanes); };
     if constexpr (is_turned_first) {
       rotate<X>(form, size, group.cos, group.sin, read_x, write_value);
-    } else {
+    } else if (has_norm || sums.cos != nullptr) {
       for_each_vector(size, [&](int64_t i, auto lanes) { write_value(i, lanes, read_x(i, lanes)); });
     }
     if constexpr (has_rope && !is_turned_first) {
@@ -233,10 +238,10 @@ inline void norm_rope_group_backward(const NormRope& form, const HeadGroup<X>& g
   if constexpr (has_norm) {
     rstd = reciprocal_length(
         form, group, [&](int64_t head, int64_t i, auto lanes) { return load(values + head * size + i, lanes); });
-    const float total = sum_of_row(group_size, [&](int64_t i, auto lanes) {
-      return load(grads + i, lanes) * load(group.weight + i, lanes) * (load(values + i, lanes) * rstd);
+    const float total = sum_of_row(group_size, [&](int64_t i, auto lanes) {  // waits for no root, unlike that of n
+      return load(grads + i, lanes) * load(group.weight + i, lanes) * load(values + i, lanes);
     });
-    slope = splat(total / static_cast<float>(group_size));
+    slope = splat(total / static_cast<float>(group_size)) * rstd;
   }
   for (int64_t head = 0; head < group.num_heads; ++head) {
     const int64_t start = head * size;

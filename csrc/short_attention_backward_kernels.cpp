@@ -16,6 +16,10 @@ void write_gradient(const HeadRows<const X>& rows, const NormRope& form, const W
     const HeadGroup<X> group{x, 0, 1, head_size, weight(), angles.cos(token), angles.sin(token), scratch};
     const float* grad = grads[row];
     X* out = target.first + row * target.token_stride;
+    if constexpr (!has_norm && !has_rope) {
+      for_each_vector(head_size, [&](int64_t i, auto lanes) { store(out + i, load(grad + i, lanes), lanes); });
+      continue;
+    }
     ParameterSums of_token = sums;
     if (sums.cos != nullptr) {
       of_token.cos += token * (head_size / 2);
@@ -47,8 +51,9 @@ template <class X, bool has_norm, bool has_rope, bool is_rope_first>
 void backward_block(const ShortAttentionCall& call, const Angles& angles, int64_t block) {
   const int64_t size = call.head_size, num_queries = call.q.num_tokens, num_keys_most = most_keys(call);
   const Weight<X> q_weight(call.q_form, size), k_weight(call.k_form, size);
-  const Rows keys(num_keys_most, size), transposed_keys(size, num_keys_most), grad_keys(num_keys_most, size);
-  const Rows values(num_keys_most, size), transposed_values(size, num_keys_most), grad_values(num_keys_most, size);
+  const int64_t padded_keys = Rows::padded(num_keys_most), padded_size = Rows::padded(size);
+  const Rows keys(padded_keys, size), transposed_keys(padded_size, num_keys_most), grad_keys(num_keys_most, size);
+  const Rows values(padded_keys, size), transposed_values(padded_size, num_keys_most), grad_values(num_keys_most, size);
   const Rows queries(queries_at_once, size), grad_queries(queries_at_once, size), grad_outs(queries_at_once, size);
   const Rows weights(queries_at_once, num_keys_most), grad_scores(queries_at_once, num_keys_most);
   const Rows scratch(1, 3 * size);
@@ -70,23 +75,25 @@ void backward_block(const ShortAttentionCall& call, const Angles& angles, int64_
     const Keys of_sample = keys_of(call, sample);
     const int64_t num_keys = of_sample.count;
     const auto k_rows = head_rows<const X>(call.k, of_sample.sample, head, of_sample.start, num_keys);
-    read_normed_rows<X, has_norm, has_rope, is_rope_first>(k_rows, call.k_form, k_weight, angles, size, 1.0f,
-                                                           scratch[0], keys);
+    read_normed_rows<X, has_norm, has_rope, is_rope_first>(k_rows, next_head(call, call.k, of_sample.sample, head),
+                                                           call.k_form, k_weight, angles, size, 1.0f, scratch[0], keys);
     transpose(keys, num_keys, size, transposed_keys);
-    read_rows(head_rows<const X>(call.v, of_sample.sample, head, of_sample.start, num_keys), size, values);
+    read_rows(head_rows<const X>(call.v, of_sample.sample, head, of_sample.start, num_keys),
+              next_head(call, call.v, of_sample.sample, head), size, values);
     transpose(values, num_keys, size, transposed_values);
     std::memset(grad_keys[0], 0, sizeof(float) * num_keys * grad_keys.stride());
     std::memset(grad_values[0], 0, sizeof(float) * num_keys * grad_values.stride());
     for (int64_t first = 0; first < num_queries; first += queries_at_once) {
       const int64_t count = num_queries - first < queries_at_once ? num_queries - first : queries_at_once;
       const auto q_rows = head_rows<const X>(call.q, sample, head, first, count);
-      read_normed_rows<X, has_norm, has_rope, is_rope_first>(q_rows, call.q_form, q_weight, angles, size, call.scale,
-                                                             scratch[0], queries);
-      read_rows(head_rows<const X>(call.grad_out, sample, head, first, count), size, grad_outs);
+      read_normed_rows<X, has_norm, has_rope, is_rope_first>(q_rows, next_head(call, call.q, sample, head), call.q_form,
+                                                             q_weight, angles, size, call.scale, scratch[0], queries);
+      read_rows(head_rows<const X>(call.grad_out, sample, head, first, count),
+                next_head(call, call.grad_out, sample, head), size, grad_outs);
       multiply(count, num_keys, size, {queries[0], queries.stride(), 1}, transposed_keys[0], transposed_keys.stride(),
                weights[0], weights.stride());
       if (num_keys > 0) {
-        softmax_rows(weights, count, num_keys);
+        softmax_rows(weights, count, num_keys, nullptr);
       }
       multiply<true>(num_keys, size, count, {weights[0], 1, weights.stride()}, grad_outs[0], grad_outs.stride(),
                      grad_values[0], grad_values.stride());

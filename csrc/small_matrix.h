@@ -1,6 +1,8 @@
 // Products of small matrices in fp32 whose rows fill whole vectors, tile by tile in registers.
 #pragma once
 
+#include <utility>
+
 #include "rows.h"
 
 namespace opensora::OPENSORA_CAPABILITY {
@@ -112,6 +114,47 @@ inline void multiply(int64_t num_rows, int64_t num_columns, int64_t depth, const
     left -= width;
     b += width * num_lanes;
     c += width * num_lanes;
+  }
+}
+
+// Row i of a square block keeps its lanes without the bit `distance` in their index, and gets those with it from lane
+// to lane of row i + distance; that row the others: with every distance once, a transposition.
+template <int distance, size_t... lane>
+inline void exchange(Vector (&block)[num_lanes], std::index_sequence<lane...>) {
+#pragma GCC unroll 16
+  for (int row = 0; row < num_lanes; ++row) {
+    if ((row & distance) == 0) {
+      const Vector a = block[row], b = block[row + distance];
+      block[row] =
+          __builtin_shufflevector(a, b,
+                                  (static_cast<int>(lane) & distance ? num_lanes + static_cast<int>(lane) - distance
+                                                                     : static_cast<int>(lane))...);
+      block[row + distance] =
+          __builtin_shufflevector(a, b,
+                                  (static_cast<int>(lane) & distance ? num_lanes + static_cast<int>(lane)
+                                                                     : static_cast<int>(lane) + distance)...);
+    }
+  }
+  if constexpr (distance > 1) {
+    exchange<distance / 2>(block, std::index_sequence<lane...>{});
+  }
+}
+
+// target[column][row] = source[row][column], whole blocks at a time: both have memory for whole ones.
+inline void transpose(const Rows& source, int64_t num_rows, int64_t num_columns, const Rows& target) {
+  for (int64_t first_row = 0; first_row < num_rows; first_row += num_lanes) {
+    for (int64_t first_column = 0; first_column < num_columns; first_column += num_lanes) {
+      Vector block[num_lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < num_lanes; ++i) {
+        block[i] = load(source[first_row + i] + first_column);
+      }
+      exchange<num_lanes / 2>(block, std::make_index_sequence<num_lanes>{});
+#pragma GCC unroll 16
+      for (int i = 0; i < num_lanes; ++i) {
+        store(target[first_column + i] + first_row, block[i]);
+      }
+    }
   }
 }
 
