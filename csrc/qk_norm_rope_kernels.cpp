@@ -37,6 +37,7 @@ void forward_side(const NormRopeCall& call, const NormRopeCall::Side& side, cons
     const auto token = group_of<X>(call, side.x, row / num_tokens, row % num_tokens, weight, angles, rows[0]);
     for_each_group(side.form, token, [&](const HeadGroup<X>& group, int64_t first_head) {
       X* target = out + first_head * size;
+      fetch_ahead(group.x, side.x.token_stride, group.num_heads * size);
       norm_rope_group<X, has_norm, has_rope, is_rope_first>(
           side.form, group,
           [&](int64_t head, int64_t i, auto lanes, Vector value) { store(target + head * size + i, value, lanes); });
@@ -67,6 +68,8 @@ void backward_side(const NormRopeCall& call, const NormRopeCall::Side& side, con
     for_each_group(side.form, token, [&](const HeadGroup<X>& group, int64_t first_head) {
       const X* grad = grad_out + first_head * side.grad_out.head_stride;
       X* target = grad_x + first_head * side.grad_x.head_stride;
+      fetch_ahead(group.x, side.x.token_stride, group.num_heads * size);
+      fetch_ahead(grad, side.grad_out.token_stride, group.num_heads * size);
       norm_rope_group_backward<X, has_norm, has_rope, is_rope_first>(
           side.form, group,
           [&](int64_t head, int64_t i, auto lanes) { return load(grad + head * side.grad_out.head_stride + i, lanes); },

@@ -51,3 +51,19 @@ def parameter_gradients(
         grad.to(value.dtype) if is_wanted else None
         for grad, value, is_wanted in zip(found, parameters, wanted, strict=True)
     ]
+
+
+def why_small_is_slower(
+    values: tuple[Any, ...], num_elements: int, least: int, least_with_gradients: int
+) -> str | None:
+    """None from `least` elements on, or `least_with_gradients` where autograd records the call, else a sentence.
+
+    Under autograd a call of a registered operator costs 150 microseconds more than one of PyTorch's own."""
+    has_gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+    fewest = max(1, least_with_gradients if has_gradients else least)
+    if num_elements >= fewest:
+        return None
+    return (
+        f"PyTorch's own operators take less time to call, which decides below {fewest} elements"
+        f"{' with gradients' if has_gradients else ''}, got {num_elements}"
+    )

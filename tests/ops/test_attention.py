@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 from unittest import mock
 
@@ -19,8 +20,8 @@ _CAN_RUN_TRITON = _triton.why_not(torch.device("cpu")) is None
 BACKENDS = pytest.mark.parametrize(
     "backend", [name for name in backends.backends_of("attention") if name != "triton" or _CAN_RUN_TRITON]
 )
-# Triton kernels compute in fp32.
-DTYPES = {"reference": torch.float64, "library": torch.float64, "triton": torch.float32}
+# All kernels compute in fp32.
+DTYPES = defaultdict(lambda: torch.float32, reference=torch.float64, library=torch.float64)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -19,6 +19,7 @@ __all__ = ["qk_norm_attention"]
 # Longer sequences, or larger heads, have tiles of scores, of q, k and v that no longer fit into registers.
 LONG = 128
 LARGEST_TILE = 128 * 80
+MOST_CPU_KEYS = 512  # as attention
 
 
 def qk_norm_attention(
@@ -73,10 +74,17 @@ def _why_no_triton(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *ot
 
 
 def _why_no_cpu(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *others: Any) -> str | None:
-    *_, norm_scope, scale = others
-    if norm_scope == "token" and q_weight is not None:
+    if others[-2] == "token" and q_weight is not None:
         return 'heads are attended to one by one, but norm_scope "token" takes the mean over all'
     return why_no_cpu(q, k, q_weight, *others[:3])
+
+
+def _why_cpu_is_slower(q: Tensor, *others: Any) -> str | None:
+    if q.numel() == 0:
+        return "PyTorch's own operators take less time to call, and there is nothing to compute"
+    if q.shape[-3] > MOST_CPU_KEYS:
+        return f"all keys of a head are held in cache, measured for up to {MOST_CPU_KEYS}, got {q.shape[-3]}"
+    return None
 
 
 register_op(
@@ -88,4 +96,4 @@ register_op(
 )
 backends.register("qk_norm_attention", "library", Implementation(library.qk_norm_attention, is_plain=True))
 _triton.register("qk_norm_attention", why_not=_why_no_triton)
-_extension.register("qk_norm_attention", "cpu", why_not=_why_no_cpu)
+_extension.register("qk_norm_attention", "cpu", why_not=_why_no_cpu, why_slower=_why_cpu_is_slower)
