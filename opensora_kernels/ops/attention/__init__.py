@@ -36,7 +36,7 @@ def attention(
     and packed rows after their sum, are not attended to but must be finite. A sample with zero keys gives zeros.
     Packed keys need key_lengths, which are read on the host unless the call is being compiled.
     Numbers: the reference rounds q*scale, the scores and the weights to q's dtype and takes the softmax in fp32; the
-    library's fused kernels keep scores in fp32 and are closer to the truth.
+    library's fused kernels and ours keep scores in fp32 and are closer to the truth.
     Errors: TypeError for dtypes that are not floating-point or differ, or lengths that are not whole numbers;
     ValueError for shapes or devices that do not fit, and packed keys without key_lengths.
     Source: Open-Sora v1.2.0, opensora/models/layers/blocks.py, Attention (eager) and MultiHeadCrossAttention.
