@@ -195,24 +195,33 @@ inline float load_one(const BFloat16* source) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(source->bits) << 16);
 }
 
-// Sum of all lanes: halves onto halves, the same order always.
+// All lanes joined to one, halves onto halves, the same order always. In intrinsics: GCC 12 makes a loop through memory
+// of anything else.
+template <class Join>
+inline float folded(Vector value, const Join& join) {
+#ifdef __x86_64__
+#ifdef OPENSORA_HAS_AVX512
+  const __m256 eight = join(_mm512_castps512_ps256((__m512)value), _mm512_extractf32x8_ps((__m512)value, 1));
+  const __m128 four = join(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#elif defined(__AVX2__)
+  const __m128 four = join(_mm256_castps256_ps128((__m256)value), _mm256_extractf128_ps((__m256)value, 1));
+#else
+  const __m128 four = (__m128)value;
+#endif
+  const __m128 two = join(four, _mm_movehl_ps(four, four));
+  return join(two, _mm_shuffle_ps(two, two, 1))[0];
+#else
+  const float first = join(value[0], value[2]), second = join(value[1], value[3]);
+  return join(first, second);
+#endif
+}
+
 inline float sum(Vector value) {
-  float lanes[num_lanes];
-  std::memcpy(lanes, &value, sizeof(value));
-  for (int width = num_lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) {
-      lanes[i] += lanes[i + width];
-    }
-  }
-  return lanes[0];
+  return folded(value, [](auto a, auto b) { return a + b; });
 }
 
 inline float largest(Vector value) {
-  float most = value[0];
-  for (int i = 1; i < num_lanes; ++i) {
-    most = most > value[i] ? most : value[i];
-  }
-  return most;
+  return folded(value, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline Vector square_root(Vector value) {

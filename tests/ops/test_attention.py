@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 from unittest import mock
 
@@ -16,12 +17,11 @@ from tests.ops.properties import DTYPES as SHORT_DTYPES
 from tests.ops.properties import LEADING, MEMORY, Numbers, assert_triton_is_accurate, heads, interpreted
 
 _CAN_RUN_TRITON = _triton.why_not(torch.device("cpu")) is None
-# Triton kernels compute in fp32; those of `cuda` take neither that nor small heads, see tests/test_csrc_attention.py.
-DTYPES = {"reference": torch.float64, "library": torch.float64, "triton": torch.float32}
-BACKENDS = pytest.mark.parametrize(
-    "backend",
-    [name for name in backends.backends_of("attention") if name in DTYPES and (name != "triton" or _CAN_RUN_TRITON)],
-)
+# Those of `cuda` take neither fp32 nor small heads, see tests/test_csrc_attention.py.
+_RUNNING = [name for name in backends.backends_of("attention") if name not in ("cuda", "triton")]
+BACKENDS = pytest.mark.parametrize("backend", [*_RUNNING, *(["triton"] if _CAN_RUN_TRITON else [])])
+# All kernels compute in fp32.
+DTYPES = defaultdict(lambda: torch.float32, reference=torch.float64, library=torch.float64)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from opensora_kernels import _triton, backends
+from opensora_kernels import _extension, _triton, backends
 from opensora_kernels.backends import Implementation
 from opensora_kernels.checks import check_float, check_same_device, check_shape
-from opensora_kernels.ops.qk_norm_rope import NormScope, Order, RopeLayout, check_qk_norm_rope
+from opensora_kernels.ops.qk_norm_rope import NormScope, Order, RopeLayout, check_qk_norm_rope, why_no_cpu
 from opensora_kernels.registration import call, register_op
 
 from . import library, reference
@@ -19,6 +19,7 @@ __all__ = ["qk_norm_attention"]
 # Longer sequences, or larger heads, have tiles of scores, of q, k and v that no longer fit into registers.
 LONG = 128
 LARGEST_TILE = 128 * 80
+MOST_CPU_KEYS = 512  # as attention
 
 
 def qk_norm_attention(
@@ -72,6 +73,20 @@ def _why_no_triton(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *ot
     return None
 
 
+def _why_no_cpu(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *others: Any) -> str | None:
+    if others[-2] == "token" and q_weight is not None:
+        return 'heads are attended to one by one, but norm_scope "token" takes the mean over all'
+    return why_no_cpu(q, k, q_weight, *others[:3])
+
+
+def _why_cpu_is_slower(q: Tensor, *others: Any) -> str | None:
+    if q.numel() == 0:
+        return "PyTorch's own operators take less time to call, and there is nothing to compute"
+    if q.shape[-3] > MOST_CPU_KEYS:
+        return f"all keys of a head are held in cache, measured for up to {MOST_CPU_KEYS}, got {q.shape[-3]}"
+    return None
+
+
 register_op(
     "qk_norm_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, "
@@ -81,3 +96,4 @@ register_op(
 )
 backends.register("qk_norm_attention", "library", Implementation(library.qk_norm_attention, is_plain=True))
 _triton.register("qk_norm_attention", why_not=_why_no_triton)
+_extension.register("qk_norm_attention", "cpu", why_not=_why_no_cpu, why_slower=_why_cpu_is_slower)

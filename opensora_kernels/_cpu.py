@@ -1,0 +1,69 @@
+"""What operators' CPU backends share: the tensors that the compiled CPU library takes, and why it refuses others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def why_not_these(*values: Any) -> str | None:
+    """None if all tensors among the arguments of a call have a dtype that the CPU library computes in, else a sentence.
+
+    Flags and whole numbers, such as masks and lengths, are not asked."""
+    for value in values:
+        if isinstance(value, Tensor) and value.dtype not in _DTYPES and value.is_floating_point():
+            return f"the compiled CPU library takes float32 and bfloat16, got a tensor of {value.dtype}"
+    return None
+
+
+def dense_rows(*values: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, those whose last axis has gaps as copies without."""
+    return [
+        value if value is None or value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
+        for value in values
+    ]
+
+
+def dense(*values: Tensor | None) -> list[Tensor | None]:
+    """The same tensors without gaps: for small ones, which the library reads without strides."""
+    return [value if value is None else value.contiguous() for value in values]
+
+
+def norm_rope_options(
+    q_weight: Tensor | None, eps: float, order: str, rope_layout: str, norm_scope: str
+) -> tuple[bool, float, bool, bool, bool]:
+    """As the library's operators take them."""
+    has_norm = q_weight is not None
+    is_token = norm_scope == "token" and has_norm
+    return has_norm, eps, order == "rope_norm", rope_layout == "interleaved", is_token
+
+
+def parameter_gradients(
+    of_weights: Tensor, of_angles: Tensor, parameters: tuple[Tensor | None, ...], wanted: list[bool]
+) -> list[Tensor | None]:
+    """Of both weights, cos and sin, each in its own dtype; None where it is not wanted."""
+    found = [*(of_weights if any(wanted[:2]) else (None, None)), *(of_angles if any(wanted[2:]) else (None, None))]
+    return [
+        grad.to(value.dtype) if is_wanted else None
+        for grad, value, is_wanted in zip(found, parameters, wanted, strict=True)
+    ]
+
+
+def why_small_is_slower(
+    values: tuple[Any, ...], num_elements: int, least: int, least_with_gradients: int
+) -> str | None:
+    """None from `least` elements on, or `least_with_gradients` where autograd records the call, else a sentence.
+
+    Under autograd a call of a registered operator costs 150 microseconds more than one of PyTorch's own."""
+    has_gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+    fewest = max(1, least_with_gradients if has_gradients else least)
+    if num_elements >= fewest:
+        return None
+    return (
+        f"PyTorch's own operators take less time to call, which decides below {fewest} elements"
+        f"{' with gradients' if has_gradients else ''}, got {num_elements}"
+    )
