@@ -85,7 +85,8 @@ def _content(x: tl.tensor) -> tuple[Any, ...]:
     return str(x.type), [size.value for size in x.shape.values], x.numel.value, data.dtype, data.tolist()
 
 
-@pytest.mark.parametrize("flags", product([False, True], repeat=3), ids=str)
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("flags", list(product([False, True], repeat=3)), ids=str)
 def test_operands_take_the_types_that_triton_gives_them(flags: tuple[bool, ...]):
     """Flags: a pointer may come first, and second; half precision divides in fp32."""
     allows_first, allows_second, divides = flags
