@@ -114,7 +114,13 @@ inline Vector rounded_to<float>(Vector value) {
 
 template <>
 inline Vector rounded_to<BFloat16>(Vector value) {
+#ifdef __AVX512BF16__
   return widened(narrowed(value));
+#else
+  const Bits bits = (Bits)value;  // without packing lanes for memory
+  const Bits rounded = bits + (0x7fff + ((bits >> 16) & 1));
+  return (Vector)((value == value ? rounded : (bits | 0x400000)) & 0xffff0000u);
+#endif
 }
 
 inline Vector load(const float* source) {

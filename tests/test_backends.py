@@ -114,7 +114,7 @@ def test_unknown_names_are_refused_and_change_nothing():
 
 
 def test_explain_takes_the_arguments_of_the_public_function():
-    q = torch.ones(2, 600, 4, 8)
+    q = torch.ones(2, 2100, 4, 8)
     assert _told("attention", q, q, q) == {"library": "chosen", "reference": "available"}
     assert explain("attention", q, k=q, v=q, scale=1.0)["library"] == "chosen"
     empty = q[:0]
@@ -127,7 +127,7 @@ def test_explain_takes_the_arguments_of_the_public_function():
 
 
 def test_explain_says_why_what_was_asked_for_is_not_there():
-    q = torch.ones(2, 600, 4, 8)
+    q = torch.ones(2, 2100, 4, 8)
     with use(attention="npu"):
         told = _told("attention", q, q, q)
     missing = "attention has no npu implementation"

@@ -19,7 +19,7 @@ __all__ = ["qk_norm_attention"]
 # Longer sequences, or larger heads, have tiles of scores, of q, k and v that no longer fit into registers.
 LONG = 128
 LARGEST_TILE = 128 * 80
-MOST_CPU_KEYS = 512  # as attention
+MOST_CPU_KEYS = 2048  # as attention
 
 
 def qk_norm_attention(
