@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import torch
 
 from bench.about import about_this_run, json_file, write_json
 from opensora.config import VideoVAEConfig
+from opensora.device_memory import peak_memory, reset_peak_memory
 from opensora.vae import VideoVAE
 from opensora_kernels import apply_opensora_kernels, use
 
@@ -27,7 +27,7 @@ WAYS = ("plain", "ours")
 
 @torch.no_grad()
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the second run by the clock and of the processor, and the peak memory of this process."""
+    """Seconds of the last run by the clock and of the processor, and the peak memory of this process."""
     torch.manual_seed(0)
     vae = VideoVAE(VideoVAEConfig()).to(getattr(torch, options.dtype)).eval()
     del vae.spatial_vae.module.encoder, vae.temporal_vae.encoder
@@ -38,16 +38,16 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     elif options.in_order:
         # as the model was before: pictures in PyTorch's default order of axes
         vae.spatial_vae.module.post_quant_conv.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reset_peak_memory(torch.device("cpu"))
+    before = peak_memory(torch.device("cpu"))
     with use("reference") if options.how == "plain" else nullcontext():
-        for _ in range(2):
+        for _ in range(options.runs):
             start, start_cpu = time.perf_counter(), time.process_time()
             frames = vae.decode(z, options.frames)
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
             assert frames.isfinite().all()
             del frames
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    mib = {"peak_mib": peak // 1024, "before_mib": before // 1024}
+    mib = {"peak_mib": peak_memory(torch.device("cpu")) >> 20, "before_mib": before >> 20}
     return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2), **mib}
 
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, the median of which counts")
+    parser.add_argument("--runs", type=int, default=2, help="in each process, the last of which is timed")
     parser.add_argument("--in-order", action="store_true", help="plain: without channels last in its pictures")
     parser.add_argument("--json", type=json_file, metavar="FILE", help="write what was found there")
     options = parser.parse_args()
