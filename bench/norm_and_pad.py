@@ -67,8 +67,9 @@ def main() -> None:
                 calls = [lambda run=run, given=given: run(*given) for run in (plain, compiled, ours)]
                 times = medians(calls, options.runs)
                 print(
-                    f"{str(dtype)[6:]} {num_channels} x {num_frames} x {side}^2 {name}: PyTorch {times[0] * 1e3:.2f} ms, "
-                    f"compiled {times[1] * 1e3:.2f}, ours {times[2] * 1e3:.2f}: {times[0] / times[2]:.2f} x, "
+                    f"{str(dtype)[6:]} {num_channels} x {num_frames} x {side}^2 {name}: "
+                    f"PyTorch {times[0] * 1e3:.2f} ms, compiled {times[1] * 1e3:.2f}, "
+                    f"ours {times[2] * 1e3:.2f}: {times[0] / times[2]:.2f} x, "
                     f"{times[1] / times[2]:.2f} x",
                     flush=True,
                 )

@@ -48,7 +48,7 @@ def apply_group_norm(
     """
     if not x.is_meta:
         border = (*space_pad, _MODES[space_padding])
-        given = (in_rows(x), moments, wide(weight), wide(bias), has_silu, border, out)
+        given = (_in_order_of(out, x), moments, wide(weight), wide(bias), has_silu, border, out)
         torch.ops.opensora_kernels.group_norm_silu_cpu_apply(*given)
 
 
@@ -65,7 +65,7 @@ def apply_rms_norm(
     """The same with the RMS over channels."""
     if not x.is_meta:
         border = (*space_pad, _MODES[space_padding])
-        given = (in_rows(x), wide(weight), wide(bias), eps, has_silu, border, out)
+        given = (_in_order_of(out, x), wide(weight), wide(bias), eps, has_silu, border, out)
         torch.ops.opensora_kernels.rms_norm_silu_cpu_apply(*given)
 
 
@@ -85,6 +85,12 @@ def frame_statistics(x: Tensor) -> Tensor:
     if x.is_meta:
         return x.new_empty((*x.shape[:3], 2), dtype=torch.float32)
     return torch.ops.opensora_kernels.group_norm_silu_cpu_statistics(in_rows(x))
+
+
+def _in_order_of(out: Tensor, x: Tensor) -> Tensor:
+    """x in rows and in the order of axes of `out`: a state may come in another one than the clip."""
+    x, order = in_rows(x), memory_format(out)
+    return x if memory_format(x) is order else x.contiguous(memory_format=order)
 
 
 def wide(parameter: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""diffusers' image VAE on our operators: the same pictures, in either order of axes, and its own forward for gradients."""
+"""diffusers' image VAE on our operators: the same pictures in either order of axes, gradients by its own forward."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_patched_pictures_are_the_same(layout: torch.memory_format):
         report = apply_opensora_kernels(vae)
         actual = vae.decode(z).sample
     blocks = [entry for entry in report.entries if type(vae.get_submodule(entry.name)).__name__ == "ResnetBlock2D"]
-    assert blocks and all("causal_conv3d(norm, silu)" in entry.operators for entry in blocks)
+    assert blocks
+    assert all("causal_conv3d(norm, silu)" in entry.operators for entry in blocks)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 

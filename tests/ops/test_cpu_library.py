@@ -119,6 +119,18 @@ def test_chunks_give_the_bits_of_the_whole_clip(kind: str, layout: torch.memory_
     assert torch.equal(torch.cat(parts, 2), whole)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_state_may_have_another_order_of_axes(layout: torch.memory_format):
+    x = drawn(1, 4, 3, 5, 6).contiguous(memory_format=layout)
+    other = LAYOUTS[1 - LAYOUTS.index(layout)]
+    state, weight = drawn(1, 4, 2, 5, 6, seed=1).contiguous(memory_format=other), drawn(4, 4, 3, 3, 3, seed=2)
+    with torch.no_grad(), use(causal_conv3d="library"):
+        out = causal_conv3d(x, weight, state=state, activation="silu", space_padding="replicate")
+    with torch.no_grad(), use(causal_conv3d="reference"):
+        expected = causal_conv3d(x, weight, state=state, activation="silu", space_padding="replicate")
+    torch.testing.assert_close(out, expected)
+
+
 def test_tensors_that_do_not_fit_are_refused_in_words():
     x, out = drawn(1, 4, 1, 4, 4), torch.empty(1, 4, 1, 4, 5)
     with pytest.raises(RuntimeError, match="group_norm_silu: out must have x's dtype, order of axes and sizes"):
