@@ -40,7 +40,7 @@ class Angles {
   Angles(const NormRope& form, int64_t num_tokens, int64_t head_size)
       : rows_(form.has_rope ? 2 * num_tokens : 0, form.is_interleaved ? head_size : head_size / 2) {
     const int64_t num_pairs = head_size / 2;
-    for (int64_t row = 0; form.has_rope && row < 2 * num_tokens; ++row) {
+    for_each_block(form.has_rope ? 2 * num_tokens : 0, head_size, [&](int64_t row) {
       const int64_t start = row / 2 * num_pairs * (form.angles_are_narrow ? sizeof(BFloat16) : sizeof(float));
       const char* source = static_cast<const char*>(row % 2 ? form.sin : form.cos) + start;
       float* target = rows_[row];
@@ -50,7 +50,7 @@ class Angles {
         target[2 * pair] = row % 2 ? -value : value;
         target[2 * pair + 1] = value;
       }
-    }
+    });
   }
 
   const float* cos(int64_t token) const {
