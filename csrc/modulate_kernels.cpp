@@ -81,10 +81,10 @@ inline Statistics layer_norm(int64_t num_channels, float eps, const Source& sour
   return {mean, reciprocal_root_of(variance + eps)};
 }
 
-template <class X>
+// Not yet rounded: storing rounds.
 inline Vector gated_sum(const ModulateCall& call, Vector x, Vector y, Vector gate) {
   const Vector gated = product(gate, y);
-  return rounded_to<X>(x + (call.rounds_gated ? rounded_to<BFloat16>(gated) : gated));
+  return x + (call.rounds_gated ? rounded_to<BFloat16>(gated) : gated);
 }
 
 template <class X, class Y, bool has_gate, bool modulates, bool normalizes>
@@ -101,10 +101,10 @@ void forward_range(const ModulateCall& call, int64_t begin, int64_t end) {
       const Y* y = row_of<const Y>(call.y, sample, token);
       X* total_out = row_of<X>(call.total, sample, token);
       for_each_vector(num_channels, [&](int64_t i, auto lanes) {
-        const Vector value = gated_sum<X>(call, load(x + i, lanes), load(y + i, lanes), load(tables.gate() + i, lanes));
+        const Vector value = gated_sum(call, load(x + i, lanes), load(y + i, lanes), load(tables.gate() + i, lanes));
         store(total_out + i, value, lanes);
         if constexpr (modulates) {
-          store(total + i, value, lanes);
+          store(total + i, rounded_to<X>(value), lanes);
         }
       });
     }
@@ -165,8 +165,8 @@ void backward_block(const ModulateCall& call, int64_t block) {
     const float *gate = tables.gate(), *one_plus_scale = tables.one_plus_scale();
     if constexpr (has_gate && modulates) {  // the sum again: keeping it would read as many bytes as x
       for_each_vector(num_channels, [&](int64_t i, auto lanes) {
-        const Vector value = gated_sum<X>(call, load(x + i, lanes), load(y + i, lanes), load(gate + i, lanes));
-        store(total + i, value, lanes);
+        const Vector value = gated_sum(call, load(x + i, lanes), load(y + i, lanes), load(gate + i, lanes));
+        store(total + i, rounded_to<X>(value), lanes);
       });
     }
     const auto source = [&](int64_t i, auto lanes) {

@@ -40,7 +40,7 @@ class Angles {
   Angles(const NormRope& form, int64_t num_tokens, int64_t head_size)
       : rows_(form.has_rope ? 2 * num_tokens : 0, form.is_interleaved ? head_size : head_size / 2) {
     const int64_t num_pairs = head_size / 2;
-    for (int64_t row = 0; form.has_rope && row < 2 * num_tokens; ++row) {
+    for_each_block(form.has_rope ? 2 * num_tokens : 0, head_size, [&](int64_t row) {
       const int64_t start = row / 2 * num_pairs * (form.angles_are_narrow ? sizeof(BFloat16) : sizeof(float));
       const char* source = static_cast<const char*>(row % 2 ? form.sin : form.cos) + start;
       float* target = rows_[row];
@@ -50,7 +50,7 @@ class Angles {
         target[2 * pair] = row % 2 ? -value : value;
         target[2 * pair + 1] = value;
       }
-    }
+    });
   }
 
   const float* cos(int64_t token) const {
@@ -86,8 +86,9 @@ class Weight {
   Rows rows_;
 };
 
-// write(start, lanes, value) of read(start, lanes) turned by the angles; back turns by the negated ones.
-template <class X, bool back = false, class Read, class Write>
+// write(start, lanes, value) of read(start, lanes) turned by the angles, the sums not yet rounded; back turns by the
+// negated angles.
+template <bool back = false, class Read, class Write>
 inline void rotate(const NormRope& form, int64_t head_size, const float* cos, const float* sin, const Read& read,
                    const Write& write) {
   const bool rounds = form.rounds_products && !back;
@@ -99,7 +100,7 @@ inline void rotate(const NormRope& form, int64_t head_size, const float* cos, co
     for_each_vector(head_size, [&](int64_t i, auto lanes) {
       const Vector value = read(i, lanes), wide_sin = load(sin + i, lanes);
       const Vector other = part(swapped_pairs(value), back ? -wide_sin : wide_sin);
-      write(i, lanes, rounded_to<X>(part(value, load(cos + i, lanes)) + other));
+      write(i, lanes, part(value, load(cos + i, lanes)) + other);
     });
     return;
   }
@@ -108,8 +109,8 @@ inline void rotate(const NormRope& form, int64_t head_size, const float* cos, co
     const Vector first = read(i, lanes), second = read(half + i, lanes);
     const Vector wide_cos = load(cos + i, lanes), row_sin = load(sin + i, lanes);
     const Vector wide_sin = back ? -row_sin : row_sin;
-    write(i, lanes, rounded_to<X>(part(first, wide_cos) - part(second, wide_sin)));
-    write(half + i, lanes, rounded_to<X>(part(second, wide_cos) + part(first, wide_sin)));
+    write(i, lanes, part(first, wide_cos) - part(second, wide_sin));
+    write(half + i, lanes, part(second, wide_cos) + part(first, wide_sin));
   });
 }
 
@@ -150,7 +151,8 @@ inline Vector reciprocal_length(const NormRope& form, const HeadGroup<X>& group,
   return reciprocal_root_of(squares / static_cast<float>(group.num_heads * group.head_size) + form.eps);
 }
 
-// write(head, start, lanes, value) of the group's normalised and rotated heads, rounded where the reference rounds.
+// write(head, start, lanes, value) of the group's normalised and rotated heads, rounded where the reference rounds but
+// for the last time.
 template <class X, bool has_norm, bool has_rope, bool is_rope_first, class Write>
 inline void norm_rope_group(const NormRope& form, const HeadGroup<X>& group, const Write& write) {
   constexpr bool is_turned_first = has_norm && has_rope && is_rope_first;
@@ -159,9 +161,9 @@ inline void norm_rope_group(const NormRope& form, const HeadGroup<X>& group, con
     for (int64_t head = 0; head < group.num_heads; ++head) {
       const X* x = group.x + head * group.head_stride;
       float* row = group.row + head * size;
-      rotate<X>(
+      rotate(
           form, size, group.cos, group.sin, [&](int64_t i, auto lanes) { return load(x + i, lanes); },
-          [&](int64_t i, auto lanes, Vector value) { store(row + i, value, lanes); });
+          [&](int64_t i, auto lanes, Vector value) { store(row + i, rounded_to<X>(value), lanes); });
     }
   }
   const auto read = [&](int64_t head, int64_t i, auto lanes) {
@@ -180,14 +182,16 @@ inline void norm_rope_group(const NormRope& form, const HeadGroup<X>& group, con
     const auto normed = [&](int64_t i, auto lanes) {
       const Vector value = read(head, i, lanes);
       if constexpr (has_norm) {
-        return rounded_to<X>(rounded_to<X>(value * rstd) * load(weight + i, lanes));
+        return rounded_to<X>(value * rstd) * load(weight + i, lanes);
       } else {
         return value;
       }
     };
     const auto write_head = [&](int64_t i, auto lanes, Vector value) { write(head, i, lanes, value); };
     if constexpr (has_rope && !is_turned_first) {
-      rotate<X>(form, size, group.cos, group.sin, normed, write_head);
+      rotate(
+          form, size, group.cos, group.sin, [&](int64_t i, auto lanes) { return rounded_to<X>(normed(i, lanes)); },
+          write_head);
     } else {
       for_each_vector(size, [&](int64_t i, auto lanes) { write_head(i, lanes, normed(i, lanes)); });
     }
@@ -231,15 +235,17 @@ inline void norm_rope_group_backward(const NormRope& form, const HeadGroup<X>& g
     float *value_row = values + head * size, *grad_row = grads + head * size;
     const auto read_x = [&](int64_t i, auto lanes) { return load(x + i, lanes); };
     const auto read = [&](int64_t i, auto lanes) { return read_grad(head, i, lanes); };
-    const auto write_value = [&](int64_t i, auto lanes, Vector value) { store(value_row + i, value, lanes); };
+    const auto write_value = [&](int64_t i, auto lanes, Vector value) {
+      store(value_row + i, rounded_to<X>(value), lanes);
+    };
     const auto write_grad = [&](int64_t i, auto lanes, Vector value) { store(grad_row + i, value, lanes); };
     if constexpr (is_turned_first) {
-      rotate<X>(form, size, group.cos, group.sin, read_x, write_value);
+      rotate(form, size, group.cos, group.sin, read_x, write_value);
     } else if (has_norm || sums.cos != nullptr) {
       for_each_vector(size, [&](int64_t i, auto lanes) { write_value(i, lanes, read_x(i, lanes)); });
     }
     if constexpr (has_rope && !is_turned_first) {
-      rotate<float, true>(form, size, group.cos, group.sin, read, write_grad);
+      rotate<true>(form, size, group.cos, group.sin, read, write_grad);
     } else {
       for_each_vector(size, [&](int64_t i, auto lanes) { write_grad(i, lanes, read(i, lanes)); });
     }
@@ -281,7 +287,7 @@ inline void norm_rope_group_backward(const NormRope& form, const HeadGroup<X>& g
     const auto write_head = [&](int64_t i, auto lanes, Vector value) { write(head, i, lanes, value); };
     if constexpr (is_turned_first) {
       for_each_vector(size, [&](int64_t i, auto lanes) { store(grad_row + i, gradient(i, lanes), lanes); });
-      rotate<float, true>(
+      rotate<true>(
           form, size, group.cos, group.sin, [&](int64_t i, auto lanes) { return load(grad_row + i, lanes); },
           write_head);
     } else {

@@ -75,7 +75,8 @@ inline void read_normed_rows(const HeadRows<const X>& rows, int64_t ahead, const
     fetch_ahead(x, ahead, head_size);
     norm_rope_group<X, has_norm, has_rope, is_rope_first>(
         form, group, [&](int64_t, int64_t i, auto lanes, Vector value) {
-          store(values + i, scale == 1.0f ? value : rounded_to<X>(value * scale), lanes);
+          const Vector rounded = rounded_to<X>(value);
+          store(values + i, scale == 1.0f ? rounded : rounded_to<X>(rounded * scale), lanes);
         });
   }
 }

@@ -1,4 +1,4 @@
-"""Attention to short sequences of keys by the compiled CPU library: all keys of a head in cache, in fp32."""
+"""Attention by the compiled CPU library in fp32, for sequences of keys that stay in cache."""
 
 from __future__ import annotations
 
