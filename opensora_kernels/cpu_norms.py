@@ -1,6 +1,6 @@
 """The norms of the compiled CPU library, and clips and parameters in the forms that it takes.
 
-On meta tensors nothing runs: memory is planned.
+On meta tensors memory is planned: everything is allocated that would be, and nothing runs.
 Axes: B batch, C channels, T frames, H height, W width, G groups; F is T where statistics are per frame, else 1.
 """
 
@@ -46,9 +46,9 @@ def apply_group_norm(
 
     moments: of each group, (B, F, G, 2), as `group_moments` gives them; None: no norm.
     """
+    border = (*space_pad, _MODES[space_padding])
+    given = (_in_order_of(out, x), moments, wide(weight), wide(bias), has_silu, border, out)
     if not x.is_meta:
-        border = (*space_pad, _MODES[space_padding])
-        given = (_in_order_of(out, x), moments, wide(weight), wide(bias), has_silu, border, out)
         torch.ops.opensora_kernels.group_norm_silu_cpu_apply(*given)
 
 
@@ -63,9 +63,9 @@ def apply_rms_norm(
     space_padding: str = "zeros",
 ) -> None:
     """The same with the RMS over channels."""
+    border = (*space_pad, _MODES[space_padding])
+    given = (_in_order_of(out, x), wide(weight), wide(bias), eps, has_silu, border, out)
     if not x.is_meta:
-        border = (*space_pad, _MODES[space_padding])
-        given = (_in_order_of(out, x), wide(weight), wide(bias), eps, has_silu, border, out)
         torch.ops.opensora_kernels.rms_norm_silu_cpu_apply(*given)
 
 
@@ -73,18 +73,19 @@ def group_moments(x: Tensor, num_groups: int, eps: float, per_frame: bool, stati
     """Mean and 1 / deviation of each group, (B, F, G, 2): of `statistics` or, without, of x itself."""
     if statistics is None:
         statistics = frame_statistics(x)
+    table = statistics.float().contiguous()
     if x.is_meta:
         return x.new_empty((x.shape[0], x.shape[2] if per_frame else 1, num_groups, 2), dtype=torch.float32)
-    table = statistics.float().contiguous()
     frame_size = x.shape[3] * x.shape[4]
     return torch.ops.opensora_kernels.group_norm_silu_cpu_moments(table, num_groups, eps, per_frame, frame_size)
 
 
 def frame_statistics(x: Tensor) -> Tensor:
     """As `norms.frame_statistics`, of x (B, C, T, H, W) in fp32 or bf16."""
+    rows = in_rows(x)
     if x.is_meta:
         return x.new_empty((*x.shape[:3], 2), dtype=torch.float32)
-    return torch.ops.opensora_kernels.group_norm_silu_cpu_statistics(in_rows(x))
+    return torch.ops.opensora_kernels.group_norm_silu_cpu_statistics(rows)
 
 
 def _in_order_of(out: Tensor, x: Tensor) -> Tensor:
