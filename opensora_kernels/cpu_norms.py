@@ -48,7 +48,9 @@ def apply_group_norm(
     """
     border = (*space_pad, _MODES[space_padding])
     given = (_in_order_of(out, x), moments, wide(weight), wide(bias), has_silu, border, out)
-    if not x.is_meta:
+    if x.is_meta:
+        out.zero_()  # it is written to, so that its memory counts
+    else:
         torch.ops.opensora_kernels.group_norm_silu_cpu_apply(*given)
 
 
@@ -65,7 +67,9 @@ def apply_rms_norm(
     """The same with the RMS over channels."""
     border = (*space_pad, _MODES[space_padding])
     given = (_in_order_of(out, x), wide(weight), wide(bias), eps, has_silu, border, out)
-    if not x.is_meta:
+    if x.is_meta:
+        out.zero_()  # it is written to, so that its memory counts
+    else:
         torch.ops.opensora_kernels.rms_norm_silu_cpu_apply(*given)
 
 
