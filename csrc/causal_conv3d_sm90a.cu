@@ -166,6 +166,10 @@ __device__ void multiply_tile(const Schedule& schedule, int count, int consumer,
     }
   }
   hopper::products_wait<0>();
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+    hopper::pin(sums[block]);
+  }
   if (signals && count > 0) {
     hopper::barrier_arrive(slots.weight_empty(weight_done));
     hopper::barrier_arrive(slots.clip_empty(clip_done));
@@ -254,6 +258,9 @@ cudaError_t launch(const ConvolutionForward& convolution, const Schedule& schedu
   int device = 0, num_multiprocessors = 0;
   OPENSORA_RETURN_ERROR(cudaGetDevice(&device));
   OPENSORA_RETURN_ERROR(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  if (num_tiles(schedule) > INT32_MAX - num_multiprocessors) {  // a block counts one round beyond the last tile
+    return cudaErrorInvalidValue;
+  }
   constexpr int kSharedBytes = Tile<N>::kBytes + 1024;  // the first slot begins at a multiple of 1024
   OPENSORA_RETURN_ERROR((allow_shared_memory<convolution_kernel<Type, N>, kSharedBytes>()));
   const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(num_tiles(schedule), num_multiprocessors));
@@ -289,9 +296,6 @@ int64_t causal_conv3d_sm90a_workspace(const ConvolutionForward& convolution) {
 
 cudaError_t causal_conv3d_sm90a(const ConvolutionForward& convolution, cudaStream_t stream) {
   const Schedule schedule = schedule_of(convolution);
-  if (num_tiles(schedule) > INT32_MAX) {
-    return cudaErrorInvalidValue;
-  }
   switch (schedule.tile_channels) {
     case 64:
       return launch_of_type<64>(convolution, schedule, stream);
