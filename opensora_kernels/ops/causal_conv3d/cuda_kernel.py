@@ -102,6 +102,8 @@ def _source(call: Call, moments_BTG2: Tensor | None) -> tuple[Source, tuple[Taps
     if not (_has_copy_engine(call.x.device) and call.space_padding != "zeros" and any(call.space_pad)):
         source = source_of(call, moments_BTG2)
         hidden_BCTHW = call.x if call.reads_x_itself else source.x_BTHWC.permute(0, 4, 1, 2, 3)
+        if not any(call.space_pad):  # nothing outside a frame is read: any border will do, so the fastest one
+            source = source._replace(space_padding="zeros")
         return source, call.taps, hidden_BCTHW
     padded_BTHWC = prepared(call, moments_BTG2, padded=True)
     taps = tuple(axis._replace(start=0) for axis in call.taps)
