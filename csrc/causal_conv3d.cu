@@ -92,6 +92,7 @@ struct Window {
 
 ConvolutionShape shape_of(const Tensor& x, const Tensor& out, const Window& window) {
   const int64_t num_channels = x.size(4), num_out = out.size(4);
+  STD_TORCH_CHECK(x.numel() > 0, "causal_conv3d: x must not be empty");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
                   "causal_conv3d: x must be bfloat16 or float16");
   STD_TORCH_CHECK(num_channels % 8 == 0 && num_out % 8 == 0, "causal_conv3d: the channels must be multiples of 8, got ",

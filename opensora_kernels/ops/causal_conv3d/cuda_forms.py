@@ -27,10 +27,9 @@ def why_not(*values: Any) -> str | None:
         )
     if max(weight.shape[2:]) > _MOST_TAPS:
         return f"the kernels count at most {_MOST_TAPS} taps along an axis, got {tuple(weight.shape[2:])}"
-    if not x.numel():
-        return f"the copy engine describes no empty tensor, got x of shape {tuple(x.shape)}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the kernels are compiled for compute capability 8.0 and newer"
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not tensor.numel():
+            return f"the copy engine describes no empty tensor, got {name} of shape {tuple(tensor.shape)}"
     return None
 
 
