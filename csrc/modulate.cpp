@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> modulate_cpu_backward(const OptionalTensor& g
   const std::vector<int64_t> sizes = {num_tables, 2, wants_tables ? x.size(0) : 0, x.size(2)};
   Tensor grad_tables = torch::stable::new_empty(x, sizes, torch::headeronly::ScalarType::Float);
   if (x.numel() == 0) {
-    return {grad_x, grad_y, torch::stable::fill_(grad_tables, 0.0)};
+    return {grad_x, grad_y, torch::stable::zero_(grad_tables)};
   }
   const int64_t num_rows = call.num_samples * call.num_tokens;
   call.block_size = std::max(smallest_block, (num_rows + most_blocks - 1) / most_blocks);

@@ -81,7 +81,7 @@ std::vector<Tensor> qk_norm_rope_cpu_backward(const Tensor& grad_q_out, const Op
   const std::vector<int64_t> angle_sizes = {wants_angles ? 2 : 0, call.sides[0].x.num_tokens, call.head_size / 2};
   for (const std::vector<int64_t>& sizes : {weight_sizes, angle_sizes}) {
     found.push_back(torch::stable::new_empty(q, sizes, torch::headeronly::ScalarType::Float));
-    torch::stable::fill_(found.back(), 0.0);
+    torch::stable::zero_(found.back());
   }
   if (most_tokens == 0 || call.num_heads == 0 || call.head_size == 0) {
     return found;

@@ -112,7 +112,7 @@ std::vector<Tensor> attention_cpu_backward(const Tensor& grad_out, bool wants_we
   for (const Tensor* x : {&q, &k, &v}) {
     found.push_back(torch::stable::empty_like(*x));
     if (key_lengths || q.numel() == 0) {  // keys that no sample attends to
-      torch::stable::fill_(found.back(), 0.0);
+      torch::stable::zero_(found.back());
     }
     *grads[found.size() - 1] = heads_of(op, "grad", found.back());
   }
@@ -121,7 +121,7 @@ std::vector<Tensor> attention_cpu_backward(const Tensor& grad_out, bool wants_we
   const std::vector<int64_t> angle_sizes = {wants_angles ? 2 : 0, call.q.num_tokens, call.head_size / 2};
   for (const std::vector<int64_t>& sizes : {weight_sizes, angle_sizes}) {
     found.push_back(torch::stable::new_empty(q, sizes, torch::headeronly::ScalarType::Float));
-    torch::stable::fill_(found.back(), 0.0);
+    torch::stable::zero_(found.back());
   }
   if (q.numel() == 0) {
     return found;
