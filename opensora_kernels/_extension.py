@@ -76,6 +76,14 @@ def compute_capability(index: int | None) -> tuple[int, int]:
     return _capabilities[index]
 
 
+def why_not_this_gpu(device: torch.device) -> str | None:
+    """Why the compiled CUDA library has no machine code for a CUDA device, or None."""
+    if compute_capability(device.index) >= OLDEST_CAPABILITY:
+        return None
+    capability = ".".join(str(number) for number in compute_capability(device.index))
+    return f"the compiled cuda library needs compute capability 8.0, {device} has {capability}"
+
+
 # What torch.compiler.assume_constant_result sets, without importing the compiler: a trace takes the answers as given.
 why_not_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 compute_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -110,10 +118,7 @@ def _why_not_here(library: Literal["cpu", "cuda"], values: tuple[Any, ...]) -> s
     device = backends.device_of(values)
     if backends.device_type(device) != library:
         return f"the compiled {library} library needs a tensor on {library}, got one on {device.type}"
-    if device.type == "cuda" and compute_capability(device.index) < OLDEST_CAPABILITY:
-        capability = ".".join(str(number) for number in compute_capability(device.index))
-        return f"the compiled cuda library needs compute capability 8.0, {device} has {capability}"
-    return None
+    return why_not_this_gpu(device) if device.type == "cuda" else None
 
 
 def _load(library: Literal["cpu", "cuda"]) -> str | None:

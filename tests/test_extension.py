@@ -15,6 +15,7 @@ from torch import Tensor
 from opensora_kernels import __main__ as doctor
 from opensora_kernels import __version__, _extension, backends
 from opensora_kernels._extension import why_not_loaded
+from opensora_kernels.sequence_parallel import peers
 
 needs_cpu_library = pytest.mark.skipif(
     why_not_loaded("cpu") is not None, reason=f"no compiled CPU library: {why_not_loaded('cpu')}"
@@ -126,6 +127,7 @@ def test_an_old_gpu_is_refused(toy: str, monkeypatch: pytest.MonkeyPatch):
     reason = _extension._why_not_here("cuda", (None, 0))
     assert reason == "the compiled cuda library needs compute capability 8.0, cuda:0 has 7.5"
     assert _extension._why_not_here("cuda", (None, 1)) is None
+    assert peers.why_not_here(torch.device("cuda", 0)) == reason
 
 
 def test_compiled_code_takes_the_answer_without_tracing_the_loading(toy: str, monkeypatch: pytest.MonkeyPatch):

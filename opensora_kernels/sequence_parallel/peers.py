@@ -60,7 +60,7 @@ def why_not_here(device: torch.device) -> str | None:
     """What stands against it on this machine, whatever the other ranks are."""
     if device.type != "cuda":
         return f"it needs CUDA tensors, got tensors on {device.type}"
-    if (reason := _extension.why_not_loaded("cuda")) is not None:
+    if (reason := _extension.why_not_loaded("cuda") or _extension.why_not_this_gpu(device)) is not None:
         return reason
     if torch.cuda.device_count() < 2:
         return "this process sees one GPU, and must see those of its peers too"
