@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 Backend = Literal["cuda", "triton", "npu", "cpu", "library", "reference"]
 
@@ -202,6 +203,17 @@ def is_cuda(device: torch.device) -> bool:
     return device_type(device) == "cuda"
 
 
+def is_seen_through(*arguments: Any) -> bool:
+    """Whether torch.func maps or differentiates a call with these, or they carry forward-mode derivatives: operators of
+    our own have no rule for either, and the latter would be lost without a word."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    lists = (argument if isinstance(argument, (list, tuple)) else (argument,) for argument in arguments)
+    return any(isinstance(each, Tensor) and unpack_dual(each).tangent is not None for part in lists for each in part)
+
+
 def device_of(arguments: tuple[Any, ...]) -> torch.device:
     """Of the first tensor of a call, where its backends are looked for; the CPU without any."""
     for argument in arguments:
@@ -243,6 +255,8 @@ def _reason(op: str, backend: str, arguments: tuple[Any, ...]) -> str | None:
     candidate = _implementations[op].get(backend)
     if candidate is None:
         return f"{op} has no {backend} implementation"
+    if not candidate.is_plain and is_seen_through(*arguments):
+        return "torch.func and forward-mode derivatives see through plain PyTorch alone"
     return None if candidate.why_not is None else candidate.why_not(*arguments)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -313,6 +314,27 @@ def test_an_fp32_clip_has_a_forward_mode_derivative(kernel: tuple[int, ...]):
     x, change, weight = torch.randn(1, 2, 3, 5, 5), torch.randn(1, 2, 3, 5, 5), torch.randn(3, 2, *kernel)
     _, found = torch.func.jvp(lambda each: causal_conv3d(each, weight), (x,), (change,))
     torch.testing.assert_close(found, causal_conv3d(change, weight))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "state"])
+def test_no_forward_mode_derivative_is_lost_on_the_way(name: str):
+    values = {
+        "x": torch.randn(1, 2, 3, 5, 5),
+        "weight": torch.randn(3, 2, 3, 3, 3),
+        "state": torch.randn(1, 2, 2, 5, 5),
+    }
+
+    def results(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return causal_conv3d(**values | {name: value}, activation="silu", return_statistics=True)
+
+    change = torch.randn(values[name].shape)
+    _, found = torch.func.jvp(results, (values[name],), (change,))
+    with use("reference"):
+        _, expected = torch.func.jvp(results, (values[name],), (change,))
+    torch.testing.assert_close(found, expected)
+    with fwAD.dual_level():
+        found = tuple(fwAD.unpack_dual(each).tangent for each in results(fwAD.make_dual(values[name], change)))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("num_frames", [2, 16])

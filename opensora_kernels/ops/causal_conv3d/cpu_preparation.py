@@ -12,9 +12,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from opensora_kernels import _extension, cpu_norms, norms
+from opensora_kernels import _extension, backends, cpu_norms, norms
 from opensora_kernels.causal_padding import pad_for_convolution, pad_time
 from opensora_kernels.norms import memory_format
 
@@ -36,6 +35,7 @@ class Preparation:
     activation: str
     space_padding: str
     space_pad: list[int]
+    state: Tensor | None  # frames in front of x, as the convolution reads them
     shows_x: bool  # a window may be a part of x; not where the result takes its memory meanwhile
 
     @cached_property
@@ -54,9 +54,11 @@ class Preparation:
     def is_by_library(self) -> bool:
         """Whether the compiled library takes these tensors. On meta tensors memory is planned as if it were there."""
         given = [each for each in (self.x, self.weight, self.bias, self.statistics) if each is not None]
-        if any(not isinstance(each, Tensor) or unpack_dual(each).tangent is not None for each in given):
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
-        if type(self.x) is not Tensor or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if any(type(each) is not Tensor for each in (self.x, self.state) if each is not None):
+            return False
+        if any(not isinstance(each, Tensor) for each in given) or backends.is_seen_through(*given, self.state):
             return False
         if self.norm == "rms" and any(each.dtype is not self.x.dtype for each in given):
             return False
@@ -79,41 +81,38 @@ class Preparation:
             return self.statistics
         return norms.group_statistics(self.x, self.num_groups)
 
-    def window(
-        self, previous: Tensor | None, num_kept: int, frames: slice, front: tuple[int, str, Tensor | None]
-    ) -> Tensor:
+    def window(self, previous: Tensor | None, num_kept: int, frames: slice, time_pad: int, time_padding: str) -> Tensor:
         """What the convolution reads: the last `num_kept` frames of the window before, then `frames`.
 
-        The first window has in front what `front` says: frames, their kind, or a state instead. The next one may take
-        its memory; a part of x, where nothing is to be done, is only read.
+        The first window has in front the state or, without one, `time_pad` frames. The next one may take its memory; a
+        part of x, where nothing is to be done, is only read.
         """
-        time_pad, time_padding, state = front
         is_first = previous is None
-        num_front = num_kept if not is_first else time_pad if state is None else state.shape[2]
+        num_front = num_kept if not is_first else time_pad if self.state is None else self.state.shape[2]
         start = frames.start - num_front
         if self.shows_x and not self._changes and start >= 0 and not (is_first and num_front):
             return self.x[:, :, start : frames.stop]
         if not self.is_by_library:
-            return self._window_by_pytorch(previous, num_kept, frames, front)
+            return self._window_by_pytorch(previous, num_kept, frames, time_pad, time_padding)
         size = num_front + frames.stop - frames.start
         window = previous if not is_first and previous.shape[2] == size else self._empty(size)
         for index in range(0 if is_first else num_kept):  # in place: a frame moves to where another one was read
             window[:, :, index] = previous[:, :, previous.shape[2] - num_kept + index]
         self._write(frames, window[:, :, num_front:])
         if is_first and num_front:
-            self._write_front(window, num_front, time_padding, state)
+            self._write_front(window, num_front, time_padding)
         return window
 
     def statistics_of(self, result: Tensor) -> Tensor:
         """`norms.frame_statistics` of some frames of the convolution's result."""
-        if self.is_by_library and result.dtype is self.x.dtype:
+        if self.is_by_library and result.dtype is self.x.dtype and not backends.is_seen_through(result):
             return cpu_norms.frame_statistics(result)
         return norms.frame_statistics(result)
 
-    def _write_front(self, window: Tensor, num_front: int, time_padding: str, state: Tensor | None) -> None:
+    def _write_front(self, window: Tensor, num_front: int, time_padding: str) -> None:
         front = window[:, :, :num_front]
-        if state is not None:
-            self._apply(state, None, front)
+        if self.state is not None:
+            self._apply(self.state, None, front)
         elif time_padding == "zeros":
             front.zero_()
         else:
@@ -145,7 +144,7 @@ class Preparation:
         )
 
     def _window_by_pytorch(
-        self, previous: Tensor | None, num_kept: int, frames: slice, front: tuple[int, str, Tensor | None]
+        self, previous: Tensor | None, num_kept: int, frames: slice, time_pad: int, time_padding: str
     ) -> Tensor:
         statistics = self._clip_statistics
         if self.per_frame and statistics is not None:
@@ -157,8 +156,8 @@ class Preparation:
         hidden = self._bordered(hidden)
         if previous is not None:
             return _slide(previous, num_kept, hidden) if num_kept else hidden
-        time_pad, time_padding, state = front
-        window = pad_time(hidden, time_pad, time_padding, None if state is None else self._bordered(state))
+        state = None if self.state is None else self._bordered(self.state)
+        window = pad_time(hidden, time_pad, time_padding, state)
         return window.clone() if window is hidden and not self._changes else window
 
     def _bordered(self, x: Tensor) -> Tensor:

@@ -33,13 +33,13 @@ def causal_conv3d(*values: Any, out: Tensor | None = None) -> list[Tensor]:
         state, time_pad = None, 0
     prepared = Preparation(
         x, norm, norm_weight, norm_bias, num_groups, eps, per_frame, statistics, activation, space_padding, space_pad,
-        shows_x=out is None or weight.shape[2] == 1,
+        state, shows_x=out is None or weight.shape[2] == 1,
     )  # fmt: skip
 
     window, out_statistics, start, num_done, num_kept = None, [], 0, 0, 0
     for num_frames, num_results in steps:
         frames, results = slice(start, start + num_frames), slice(num_done, num_done + num_results)
-        window = prepared.window(window, num_kept, frames, (time_pad, time_padding, state))
+        window = prepared.window(window, num_kept, frames, time_pad, time_padding)
         step = cpu_convolution.conv3d(window, weight, bias, stride, prepared.padding, dilation, groups)
         num_kept = window.shape[2] - num_results * stride[0]
         if return_state and frames.stop == x.shape[2]:
