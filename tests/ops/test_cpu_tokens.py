@@ -152,3 +152,13 @@ def test_long_and_tiny_calls_are_left_to_pytorch():
         in backends.explain("modulate", x.requires_grad_(), x[:, 0], x[:, 0])["cpu"]
     )
     assert "float64" in backends.explain("rms_norm", x.double())["cpu"]
+
+
+@pytest.mark.parametrize("op", ["modulate", "gate_residual"])
+def test_masks_may_be_views(op: str):
+    arguments = call(op, torch.float32)
+    mask = arguments.pop("frame_mask")
+    for view in (mask[:1].expand(2, 3), torch.cat([mask, mask], 1)[:, :3]):
+        found = of_cpu(op, **arguments, frame_mask=view)
+        expected = of_cpu(op, **arguments, frame_mask=view.contiguous())
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

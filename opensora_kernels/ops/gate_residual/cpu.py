@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opensora_kernels._cpu import dense_rows
+from opensora_kernels._cpu import dense, dense_rows
 
 
 def forward(
@@ -20,8 +20,8 @@ def forward(
     scale0: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    values = dense_rows(x, y, gate, gate0, shift, shift0, scale, scale0, frame_mask)
-    return torch.ops.opensora_kernels.modulate_cpu_forward(*values, True, eps)
+    values = dense_rows(x, y, gate, gate0, shift, shift0, scale, scale0)
+    return torch.ops.opensora_kernels.modulate_cpu_forward(*values, *dense(frame_mask), True, eps)
 
 
 def backward(
@@ -44,9 +44,9 @@ def backward(
     grad_total, grad_out = grads[0], None if shift is None else grads[1]
     if grad_out is None:  # nothing used the modulation
         shift = scale = shift0 = scale0 = None
-    values = dense_rows(grad_total, grad_out, x, y, gate, gate0, shift, shift0, scale, scale0, frame_mask)
+    values = dense_rows(grad_total, grad_out, x, y, gate, gate0, shift, shift0, scale, scale0)
     grad_x, grad_y, found = torch.ops.opensora_kernels.modulate_cpu_backward(
-        *values[:2], *wanted[:2], any(wanted_tables), *values[2:], True, eps
+        *values[:2], *wanted[:2], any(wanted_tables), *values[2:], *dense(frame_mask), True, eps
     )
     typed = [
         (grad if index % 3 == 0 or grad_out is not None else torch.zeros_like(grad)).to(table.dtype)

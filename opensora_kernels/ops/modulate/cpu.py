@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opensora_kernels._cpu import dense_rows
+from opensora_kernels._cpu import dense, dense_rows
 
 
 def forward(
@@ -18,7 +18,7 @@ def forward(
     shift0: Tensor | None,
     scale0: Tensor | None,
 ) -> Tensor:
-    x, *tables = dense_rows(x, shift, shift0, scale, scale0, frame_mask)
+    x, *tables = (*dense_rows(x, shift, shift0, scale, scale0), *dense(frame_mask))
     return torch.ops.opensora_kernels.modulate_cpu_forward(x, None, None, None, *tables, normalize, eps)[0]
 
 
@@ -36,7 +36,7 @@ def backward(
     scale0: Tensor | None,
 ) -> list[Tensor | None]:
     wants_tables = any(wanted[index] for index in (1, 2, 6, 7))
-    grad, x, *tables = dense_rows(grads[0], x, shift, shift0, scale, scale0, frame_mask)
+    grad, x, *tables = (*dense_rows(grads[0], x, shift, shift0, scale, scale0), *dense(frame_mask))
     grad_x, _, found = torch.ops.opensora_kernels.modulate_cpu_backward(
         None, grad, wanted[0], False, wants_tables, x, None, None, None, *tables, normalize, eps
     )
