@@ -25,4 +25,11 @@ inline void check_rows(const char* op, const char* name, const torch::stable::Te
                   " must have its last axis dense, got stride ", tensor.stride(last));
 }
 
+// Memory for the gradient of x: in x's order of axes, unless that of an expanded x leaves gaps in the last one.
+inline torch::stable::Tensor gradient_like(const torch::stable::Tensor& x) {
+  torch::stable::Tensor found = torch::stable::empty_like(x);
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || found.stride(last) == 1 ? found : torch::stable::new_empty(x, x.sizes());
+}
+
 }  // namespace opensora

@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor> modulate_cpu_backward(const OptionalTensor& g
   call.grad_total = tokens_of("grad_total", grad_total);
   call.grad_out = tokens_of("grad_out", grad_out);
   const std::vector<int64_t> none = {0, 1, 1};
-  Tensor grad_x = wants_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, none);
-  Tensor grad_y = wants_y && y ? torch::stable::empty_like(*y) : torch::stable::new_empty(x, none);
+  Tensor grad_x = wants_x ? gradient_like(x) : torch::stable::new_empty(x, none);
+  Tensor grad_y = wants_y && y ? gradient_like(*y) : torch::stable::new_empty(x, none);
   call.grad_x = wants_x ? tokens_of("grad_x", grad_x) : Tokens{};
   call.grad_y = wants_y && y ? tokens_of("grad_y", grad_y) : Tokens{};
   const std::vector<int64_t> sizes = {num_tables, 2, wants_tables ? x.size(0) : 0, x.size(2)};

@@ -72,7 +72,7 @@ std::vector<Tensor> qk_norm_rope_cpu_backward(const Tensor& grad_q_out, const Op
     const Tensor& x = index == 0 ? q : *k;
     NormRopeCall::Side& side = call.sides[index];
     side.grad_out = heads_of(op, "grad", index == 0 ? grad_q_out : *grad_k_out);
-    found.push_back(torch::stable::empty_like(x));
+    found.push_back(gradient_like(x));
     side.grad_x = heads_of(op, "grad_x", found.back());
     most_tokens = std::max(most_tokens, side.x.num_samples * side.x.num_tokens);
   }

@@ -110,7 +110,7 @@ std::vector<Tensor> attention_cpu_backward(const Tensor& grad_out, bool wants_we
   std::vector<Tensor> found;
   Heads* grads[] = {&call.grad_q, &call.grad_k, &call.grad_v};
   for (const Tensor* x : {&q, &k, &v}) {
-    found.push_back(torch::stable::empty_like(*x));
+    found.push_back(gradient_like(*x));
     if (key_lengths || q.numel() == 0) {  // keys that no sample attends to
       torch::stable::zero_(found.back());
     }

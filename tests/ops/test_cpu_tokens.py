@@ -162,3 +162,13 @@ def test_masks_may_be_views(op: str):
         found = of_cpu(op, **arguments, frame_mask=view)
         expected = of_cpu(op, **arguments, frame_mask=view.contiguous())
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_gradient_of_an_expanded_token_is_found():
+    shift, scale, token = torch.randn(1, 8), torch.randn(1, 8), torch.randn(8, 1, 1, requires_grad=True)
+    found = []
+    for backend in ("cpu", "reference"):
+        with use(modulate=backend):
+            out = modulate(token.permute(1, 2, 0).expand(1, 6, 8), shift, scale, normalize=False)
+        found += torch.autograd.grad(out.square().sum(), token)
+    torch.testing.assert_close(*found)
