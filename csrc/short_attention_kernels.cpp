@@ -36,6 +36,8 @@ void forward_range(const ShortAttentionCall& call, const Angles& angles, int64_t
              transposed_keys.stride(), scores[0], scores.stride());
     if (of_sample.count > 0) {
       softmax_rows(scores, count, of_sample.count, inverses[0]);
+    } else {
+      std::memset(inverses[0], 0, sizeof(float) * count);  // not what another sample left, which may be NaN
     }
     multiply(count, size, of_sample.count, {scores[0], scores.stride(), 1}, values[0], values.stride(), outs[0],
              outs.stride());

@@ -172,3 +172,12 @@ def test_a_gradient_of_an_expanded_token_is_found():
             out = modulate(token.permute(1, 2, 0).expand(1, 6, 8), shift, scale, normalize=False)
         found += torch.autograd.grad(out.square().sum(), token)
     torch.testing.assert_close(*found)
+
+
+def test_a_sample_without_keys_gives_zeros_after_one_of_nan():
+    q = torch.randn(2, 4, 1, 8)
+    q[0] = torch.nan
+    with use(attention="cpu"):
+        out = attention(q, q, q, key_lengths=torch.tensor([4, 0]))
+    assert out[0].isnan().all()
+    assert (out[1] == 0).all()
