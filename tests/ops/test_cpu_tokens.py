@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from opensora_kernels import attention, backends, gate_residual, modulate, qk_norm_rope, use
+from opensora_kernels import attention, backends, gate_residual, modulate, qk_norm_rope, rms_norm, use
 from opensora_kernels._extension import why_not_loaded
 from opensora_kernels.cases import Maker
 from tests.ops.accuracy import assert_accurate
@@ -181,3 +181,13 @@ def test_a_sample_without_keys_gives_zeros_after_one_of_nan():
         out = attention(q, q, q, key_lengths=torch.tensor([4, 0]))
     assert out[0].isnan().all()
     assert (out[1] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 2, 512), (1,) * 7 + (60, 512)], ids=str)
+def test_rms_norm_leaves_what_it_would_copy_to_pytorch(shape: tuple[int, ...]):
+    x = torch.randn(shape).transpose(1, 2)
+    with use("reference"):
+        expected = rms_norm(x)
+    found = rms_norm(x)
+    assert found.stride() == expected.stride()  # torch.compile counts on it
+    torch.testing.assert_close(found, expected)
