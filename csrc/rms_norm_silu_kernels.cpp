@@ -98,27 +98,25 @@ void pixels(const Element* source, int64_t stride, Element* target, int64_t targ
 
 template <class Element>
 void planes(const Clip& x, const Factors& factors, const Border& border, const Clip& out) {
-  // a block: some positions of a row of the result, or of a whole frame where it has no border
+  // a block: some positions of a frame or, where the result has a border, a row with its sides, which repeat its pixels
   const bool is_plain = is_empty(border);
   const int64_t width = is_plain ? num_positions_of(x) : x.width;
-  const int64_t num_rows = is_plain ? 1 : out.height;
-  const int64_t num_spans = (width + span_positions - 1) / span_positions;
+  const int64_t num_rows = is_plain ? 1 : out.height, block_width = is_plain ? span_positions : width;
+  const int64_t num_blocks = (width + block_width - 1) / block_width;
   const int64_t num_planes = x.num_samples * x.num_frames;
-  for_each_block(num_planes * num_rows * num_spans, span_positions * x.num_channels, [&](int64_t index) {
-    const int64_t first = index % num_spans * span_positions, row = index / num_spans % num_rows;
-    const int64_t plane = index / num_spans / num_rows;
+  for_each_block(num_planes * num_rows * num_blocks, block_width * x.num_channels, [&](int64_t index) {
+    const int64_t start = index % num_blocks * block_width, row = index / num_blocks % num_rows;
+    const int64_t plane = index / num_blocks / num_rows;
     const int64_t sample = plane / x.num_frames, frame = plane % x.num_frames;
-    const int64_t count = width - first < span_positions ? width - first : span_positions;
+    const int64_t end = start + block_width < width ? start + block_width : width;
     const int64_t source_row = source_of(row - border.top, is_plain ? 1 : x.height, border.mode);
     Element* target = place_in<Element>(out, sample, 0, frame, is_plain ? 0 : row * out.width);
-    if (source_row >= 0) {
+    for (int64_t first = start; source_row >= 0 && first < end; first += span_positions) {
+      const int64_t count = end - first < span_positions ? end - first : span_positions;
       span_of_planes(place_in<Element>(x, sample, 0, frame, source_row * width + first), x.stride_c,
                      target + border.left + first, out.stride_c, count, x.num_channels, factors);
     }
-    if (first + count < width || is_plain) {  // the span that ends the row gives it its sides
-      return;
-    }
-    for (int64_t channel = 0; channel < x.num_channels; ++channel) {
+    for (int64_t channel = 0; !is_plain && channel < x.num_channels; ++channel) {
       Element* target_row = target + channel * out.stride_c;
       source_row < 0 ? clear(target_row, out.width) : add_sides(target_row, x.width, border, 1);
     }

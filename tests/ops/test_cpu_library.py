@@ -103,6 +103,26 @@ def test_a_border_is_what_padding_afterwards_adds(kind: str, mode: str, layout: 
     assert torch.equal(written(pads), expected.unflatten(0, (2, 20)))
 
 
+@pytest.mark.parametrize("kind", ["group", "rms"])
+def test_the_sides_of_a_long_row_wait_for_its_pixels(kind: str):
+    x, before = drawn(1, 64, 1, 3, 600), torch.get_num_threads()  # three spans of a row, cut between two threads
+
+    def padded() -> Tensor:
+        out = torch.full((1, 64, 1, 5, 602), torch.nan)
+        if kind == "rms":
+            cpu_norms.apply_rms_norm(x, None, None, 1e-12, True, out, (1, 1, 1, 1), "replicate")
+        else:
+            cpu_norms.apply_group_norm(x, None, None, None, True, out, (1, 1, 1, 1), "replicate")
+        return out
+
+    torch.set_num_threads(1)
+    expected = padded()
+    torch.set_num_threads(2)
+    found = [padded() for _ in range(30)]
+    torch.set_num_threads(before)
+    assert all(torch.equal(each, expected) for each in found)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("kind", ["group", "rms"])
 def test_chunks_give_the_bits_of_the_whole_clip(kind: str, layout: torch.memory_format):
