@@ -55,9 +55,11 @@ inline Clip clip_for(const char* op, const char* name, const torch::stable::Tens
 
 inline void check_like(const char* op, const char* name, const Clip& clip, const Clip& x, int64_t height,
                        int64_t width) {
+  const bool is_empty = x.num_samples * x.num_channels * x.num_frames * x.height * x.width == 0;
+  const bool has_same_order = clip.channels_last == x.channels_last || x.num_channels == 1 || is_empty;
   STD_TORCH_CHECK(clip.num_samples == x.num_samples && clip.num_channels == x.num_channels &&
                       clip.num_frames == x.num_frames && clip.height == height && clip.width == width &&
-                      clip.is_bf16 == x.is_bf16 && (clip.channels_last == x.channels_last || x.num_channels == 1),
+                      clip.is_bf16 == x.is_bf16 && has_same_order,
                   op, ": ", name, " must have x's dtype, order of axes and sizes");
 }
 

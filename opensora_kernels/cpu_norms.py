@@ -24,11 +24,13 @@ def why_not_dtype(x: Tensor) -> str | None:
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """x, or a copy if its rows do not follow each other or neither positions nor channels lie side by side."""
+    """x, or a copy if its rows do not follow each other, or neither positions nor channels lie side by side, or both,
+    as in windows that overlap."""
     width = x.stride(4) if x.shape[4] > 1 else x.stride(3) if x.shape[3] > 1 else 1
     are_rows = min(x.shape[3:]) == 1 or x.stride(3) == x.shape[4] * width
     has_channels = memory_format(x) is torch.channels_last_3d
-    is_ready = not x.numel() or (are_rows and (has_channels or width == 1))
+    has_order = has_channels != (width == 1) or x.shape[3:].numel() == 1
+    is_ready = not x.numel() or (are_rows and has_order)
     return x if is_ready else x.contiguous(memory_format=memory_format(x))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -121,6 +121,18 @@ def test_the_sides_of_a_long_row_wait_for_its_pixels(kind: str):
     found = [padded() for _ in range(30)]
     torch.set_num_threads(before)
     assert all(torch.equal(each, expected) for each in found)
+
+
+@pytest.mark.parametrize("op", [group_norm_silu, rms_norm_silu])
+def test_windows_that_overlap_and_empty_clips_are_taken(op: Callable[..., Tensor]):
+    options = {"num_groups": 2} if op is group_norm_silu else {}
+    overlapping = drawn(64).as_strided((1, 4, 2, 3, 4), (0, 1, 16, 4, 1))
+    empty = drawn(2, 4, 1, 3, 4).contiguous(memory_format=torch.channels_last_3d)[:, :, :0]
+    for x in (overlapping, empty):
+        with use(group_norm_silu="cpu", rms_norm_silu="cpu"):
+            found = op(x, **options)
+        with use("reference"):
+            torch.testing.assert_close(found, op(x, **options))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
