@@ -117,26 +117,30 @@ inline void multiply(int64_t num_rows, int64_t num_columns, int64_t depth, const
   }
 }
 
+// The lanes of a, then those of b, as numbered.
+template <int... lane>
+inline Vector chosen(Vector a, Vector b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, lane...);
+#else  // GCC 11, that of Ubuntu 22.04
+  return __builtin_shuffle(a, b, Integers{lane...});
+#endif
+}
+
 // Row i of a square block keeps its lanes without the bit `distance` in their index, and gets those with it from lane
 // to lane of row i + distance; that row the others: with every distance once, a transposition.
-template <int distance, size_t... lane>
-inline void exchange(Vector (&block)[num_lanes], std::index_sequence<lane...>) {
+template <int distance, int... lane>
+inline void exchange(Vector (&block)[num_lanes], std::integer_sequence<int, lane...>) {
 #pragma GCC unroll 16
   for (int row = 0; row < num_lanes; ++row) {
     if ((row & distance) == 0) {
       const Vector a = block[row], b = block[row + distance];
-      block[row] =
-          __builtin_shufflevector(a, b,
-                                  (static_cast<int>(lane) & distance ? num_lanes + static_cast<int>(lane) - distance
-                                                                     : static_cast<int>(lane))...);
-      block[row + distance] =
-          __builtin_shufflevector(a, b,
-                                  (static_cast<int>(lane) & distance ? num_lanes + static_cast<int>(lane)
-                                                                     : static_cast<int>(lane) + distance)...);
+      block[row] = chosen<(lane & distance ? num_lanes + lane - distance : lane)...>(a, b);
+      block[row + distance] = chosen<(lane & distance ? num_lanes + lane : lane + distance)...>(a, b);
     }
   }
   if constexpr (distance > 1) {
-    exchange<distance / 2>(block, std::index_sequence<lane...>{});
+    exchange<distance / 2>(block, std::integer_sequence<int, lane...>{});
   }
 }
 
@@ -149,7 +153,7 @@ inline void transpose(const Rows& source, int64_t num_rows, int64_t num_columns,
       for (int i = 0; i < num_lanes; ++i) {
         block[i] = load(source[first_row + i] + first_column);
       }
-      exchange<num_lanes / 2>(block, std::make_index_sequence<num_lanes>{});
+      exchange<num_lanes / 2>(block, std::make_integer_sequence<int, num_lanes>{});
 #pragma GCC unroll 16
       for (int i = 0; i < num_lanes; ++i) {
         store(target[first_column + i] + first_row, block[i]);
