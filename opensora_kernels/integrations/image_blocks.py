@@ -37,9 +37,9 @@ def forward_image_block(self: nn.Module, input_tensor: Tensor, temb: Tensor | No
         return type(self).forward(self, input_tensor, temb, *args)
 
     def run(pictures: Tensor) -> Tensor:
-        x = _as_clip(pictures)
+        x = _as_clip(pictures, pictures)
         hidden = _convolve(self.conv1, self.norm1, x)
-        residual = x if self.conv_shortcut is None else _as_clip(self.conv_shortcut(pictures))
+        residual = x if self.conv_shortcut is None else _as_clip(self.conv_shortcut(pictures), pictures)
         out = _convolve(self.conv2, self.norm2, hidden, residual=residual, may_overwrite=True)
         return _as_pictures(out, pictures)
 
@@ -61,7 +61,7 @@ def upsample_image(self: nn.Module, hidden_states: Tensor, output_size: Any = No
 
     def run(pictures: Tensor) -> Tensor:
         weight = self.conv.weight.unsqueeze(2)
-        out = upsample_conv3d(_as_clip(pictures), weight, self.conv.bias, time_padding="none")
+        out = upsample_conv3d(_as_clip(pictures, pictures), weight, self.conv.bias, time_padding="none")
         return _as_pictures(out, pictures)
 
     return run(hidden_states) if _has_channels_last(hidden_states) else a_few_at_a_time(run, hidden_states)
@@ -88,8 +88,9 @@ def _has_channels_last(x_NCHW: Tensor) -> bool:
     return x_NCHW.stride(1) == 1 and x_NCHW.shape[1] > 1 and not x_NCHW.is_contiguous()
 
 
-def _as_clip(x_NCHW: Tensor) -> Tensor:
-    return x_NCHW.transpose(0, 1).unsqueeze(0) if _has_channels_last(x_NCHW) else x_NCHW.unsqueeze(2)
+def _as_clip(x_NCHW: Tensor, like_NCHW: Tensor) -> Tensor:
+    """In the axes that `like_NCHW` takes: a convolution of it may give another order in memory, as on meta tensors."""
+    return x_NCHW.transpose(0, 1).unsqueeze(0) if _has_channels_last(like_NCHW) else x_NCHW.unsqueeze(2)
 
 
 def _as_pictures(x: Tensor, like_NCHW: Tensor) -> Tensor:

@@ -47,3 +47,10 @@ def test_gradients_are_those_of_its_own_forward():
         found += torch.autograd.grad(vae.decode(leaf).sample.square().sum(), [leaf, *vae.decoder.parameters()])[:1]
         apply_opensora_kernels(vae)
     torch.testing.assert_close(*found)
+
+
+def test_a_decode_is_planned_on_meta_tensors():
+    vae = image_vae()
+    apply_opensora_kernels(vae)
+    with torch.no_grad():  # whose convolutions forget the order of axes there
+        assert vae.to("meta").decode(latents(torch.channels_last).to("meta")).sample.shape == (3, 3, 10, 14)
