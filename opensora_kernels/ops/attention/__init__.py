@@ -52,8 +52,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
         check_float("attention", name, tensor)
         if tensor.dtype != q.dtype:
             raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}")
-    if q.dim() < 3:
-        raise ValueError(f"attention: q must have shape (*, L, N, D), got {tuple(q.shape)}")
+    if q.dim() < 3 or q.shape[-1] == 0:
+        raise ValueError(f"attention: q must have shape (*, L, N, D) with D of at least 1, got {tuple(q.shape)}")
     if reference.is_packed(q, k):
         if key_lengths is None:
             raise ValueError(f"attention: key_lengths must be given for packed k of shape {tuple(k.shape)}, got None")

@@ -82,8 +82,8 @@ def check_qk_norm_rope(
     check_choice(op, "order", order, Order)
     check_choice(op, "rope_layout", rope_layout, RopeLayout)
     check_choice(op, "norm_scope", norm_scope, NormScope)
-    if q.dim() < 3:
-        raise ValueError(f"{op}: q must have shape (*, L, N, D), got {tuple(q.shape)}")
+    if q.dim() < 3 or q.shape[-1] == 0:
+        raise ValueError(f"{op}: q must have shape (*, L, N, D) with D of at least 1, got {tuple(q.shape)}")
     num_heads, head_size = q.shape[-2:]
     check_shape(op, "k", k, (*q.shape[:-3], None, num_heads, head_size), "(*, Lk, N, D)")
     if (q_weight is None) != (k_weight is None):
