@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from opensora_kernels import _extension, cpu_norms, norms
+from opensora_kernels._cpu import why_not_these
 from opensora_kernels.causal_padding import pad_for_convolution, pad_time
 from opensora_kernels.norms import memory_format
 
@@ -60,7 +61,7 @@ class Preparation:
             return False
         if self.norm == "rms" and any(each.dtype is not self.x.dtype for each in given):
             return False
-        return cpu_norms.why_not_dtype(self.x) is None and _extension.why_not_loaded("cpu") is None
+        return why_not_these(self.x) is None and _extension.why_not_loaded("cpu") is None
 
     @cached_property
     def _changes(self) -> bool:
