@@ -7,6 +7,7 @@ and a matrix product measured in the same run. Ctrl-C keeps what is finished.
   python -m bench rms_norm --cases stdit3_720p_4s           one case of one operator
   python -m bench attention --peers sdpa fa3 --plot plots   beside these alone, with pictures
   python -m bench all --json out.json --base main           and how much faster than revision `main`
+  python -m bench all --backends cpu,reference,compile      the compiled CPU library beside PyTorch alone
 """
 
 from __future__ import annotations
