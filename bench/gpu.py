@@ -29,6 +29,12 @@ ROOT = Path(__file__).parents[1]
 TAIL = 12  # lines of a part's log that are shown
 PATIENCE = 5  # seconds in which a part that is told to stop may write what it has
 NUM_WORKERS = 8  # of pytest-xdist: compilers run on the CPU, and contexts take half a gigabyte of the GPU each
+_OF_KERNELS = ("tests/csrc", "tests/ops")
+# Of each compiled operator calls that its kernels take: the contract's small cases of attention have no heads of 64.
+SMALL = (
+    "(accurate_as_pytorch and bfloat16 and (-cuda-small or -cuda-eights))"
+    " or (compiled_kernels and (plain or strided or many_channels)) or tokens_over_time or packed_keys"
+)
 
 
 @dataclass(frozen=True)
@@ -68,16 +74,16 @@ def parts(output: Path, *, num_workers: int = 0) -> list[Part]:
         Part("doctor", [sys.executable, "-m", "opensora_kernels"], 15),
         Part("convolution", [*bench, "convolution", *to("convolution")], 40),
         Part("bench", [*bench, *forward, *to("bench")], 115),
-        Part("operators", [*pytest, *side_by_side, "tests/ops"], 100),
+        Part("operators", [*pytest, *side_by_side, *_OF_KERNELS], 100),
         Part("backward", [*bench, *backward, *to("backward")], 45),
-        Part("tests", [*pytest, "tests", "--ignore", "tests/ops"], 20),
+        Part("tests", [*pytest, "tests", *(f"--ignore={folder}" for folder in _OF_KERNELS)], 20),
         Part("model", [*bench, *model, *to("model")], 45),
         Part("tune", [*bench, *tune], 30),
     ]
     if (sanitizer := find_sanitizer()) is not None:
         # torch's own allocator would hide what lies beside a tensor
         checked = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--error-exitcode", "9"]
-        small = [*alone, "-k", "accurate_as_pytorch and -cuda-small and bfloat16", "tests/ops"]
+        small = [*alone, "-k", SMALL, *_OF_KERNELS]
         for tool, seconds in (("memcheck", 30), ("racecheck", 20)):
             wanted.append(Part(tool, [*checked, "--tool", tool, *small], seconds))
     return wanted

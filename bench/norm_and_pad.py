@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.about import about_this_run, json_file, write_json
 from opensora_kernels import cpu_norms
 from opensora_kernels._extension import why_not_loaded
 
@@ -53,12 +54,14 @@ def medians(calls: list[Callable[[], Tensor]], num_runs: int) -> list[float]:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.norm_and_pad", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=21)
+    parser.add_argument("--runs", type=int, default=21, help="of each way, the median of which counts")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write what was found there")
     options = parser.parse_args()
     if (reason := why_not_loaded("cpu")) is not None:
         raise SystemExit(reason)
     torch.set_num_threads(1)
     compiled = torch.compile(plain)
+    record = {**about_this_run("cpu"), "rows": []}
     for dtype in (torch.bfloat16, torch.float32):
         for num_channels, num_frames, side in SHAPES:
             for name, layout in LAYOUTS.items():
@@ -73,6 +76,11 @@ def main() -> None:
                     f"{times[1] / times[2]:.2f} x",
                     flush=True,
                 )
+                seconds = dict(zip(("plain", "compiled", "ours"), times, strict=True))
+                shape = (num_channels, num_frames, side, side)
+                record["rows"].append({"dtype": str(dtype)[6:], "shape": shape, "layout": name, **seconds})
+    if options.json:
+        write_json(options.json, record)
 
 
 if __name__ == "__main__":

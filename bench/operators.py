@@ -7,6 +7,7 @@ and a matrix product measured in the same run. Ctrl-C keeps what is finished.
   python -m bench rms_norm --cases stdit3_720p_4s           one case of one operator
   python -m bench attention --peers sdpa fa3 --plot plots   beside these alone, with pictures
   python -m bench all --json out.json --base main           and how much faster than revision `main`
+  python -m bench all --backends cpu,reference,compile      the compiled CPU library beside PyTorch alone
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def contenders(
 ) -> Iterator[tuple[dict[str, Any], Contender | None]]:
     """The row of each, and None in place of those who can't run."""
     op = workload.op
-    others = [name for name in options.backends or backends.backends_of(op) if name != "reference"]
+    others = [name for name in options.backends or backends.backends_of(op) if name not in ("reference", "compile")]
     chosen = workload.chosen()
     for name in ["reference", *others]:
         row = _row(op, workload.case, workload.direction, name, "backend") | {"is_chosen": name == chosen}
@@ -176,9 +177,9 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--cases", nargs="+", metavar="CASE", help="small (those of the tests), large (layers of releases), sizes "
         "(growing: tokens, pixels or frames), or names; default: sizes, and on a GPU large too")  # fmt: skip
     add("--direction", choices=["forward", "backward", "both"], default="forward", help="backward: gradients alone")
-    add("--backends", nargs="+", choices=[*get_args(backends.Backend), "compile"], metavar="BACKEND",
-        help=f"of {', '.join(get_args(backends.Backend))}; default: all that the operator has; torch.compile of the "
-        "reference is always there, unless --no-compile")  # fmt: skip
+    add("--backends", nargs="+", type=_backend_names, metavar="BACKEND",
+        help=f"of {', '.join(get_args(backends.Backend))}, compile, with spaces or commas between; default: all that "
+        "the operator has. The reference is always there, and torch.compile of it unless --no-compile")  # fmt: skip
     add("--peers", nargs="+", choices=[*PACKAGES, "none"], metavar="PEER",
         help=f"of {', '.join(PACKAGES)}, or none; default: all that apply")  # fmt: skip
     add("--no-compile", action="store_true", help="leave out torch.compile of the reference")
@@ -194,6 +195,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--base", metavar="REF", help="a git revision: measure it in turn, and show the speed-up over it")
     options = parser.parse_args(arguments)
+    options.backends = [name for names in options.backends or [] for name in names]
     check_device(parser, options.device)
     ops = backends.ops() if options.op == "all" else [options.op]
     options.cases = options.cases or (["sizes"] if options.quick or options.device == "cpu" else ["large", "sizes"])
@@ -209,6 +211,14 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
         except ValueError as error:
             parser.error(str(error))
     return options
+
+
+def _backend_names(text: str) -> list[str]:
+    known, names = [*get_args(backends.Backend), "compile"], text.split(",")
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"BACKEND must be one of {', '.join(known)}, got {name!r}")
+    return names
 
 
 def describe(options: argparse.Namespace, ceilings: Ceilings) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def main() -> int:
     print("\nCompiled and optional parts")
     for name, reason in _parts():
         print(f"  {name:<18}{reason}")
-    print("\nBackends, in the order in which they are tried; the first that can serve a call runs it")
+    print("\nBackends, in the order in which they are tried: the first that can serve a call and is not thought slower")
     for line in backend_table():
         print(f"  {line}")
     print(f"\nHere, in bf16 on {_device()}: what each backend says to a small call")
@@ -39,11 +39,11 @@ def main() -> int:
 
 def backend_table() -> list[str]:
     """One line per operator and device type: the backends registered for it."""
-    lines = [f"{'operator':<22}{'cuda':<30}{'npu':<16}cpu"]
+    rows = [("operator", "cuda", "npu", "cpu")]
     for op in backends.ops():
-        columns = [" > ".join(backends.order_of(op, device)) for device in ("cuda", "npu", "cpu")]
-        lines.append(f"{op:<22}{columns[0]:<30}{columns[1]:<16}{columns[2]}")
-    return lines
+        rows.append((op, *(" > ".join(backends.order_of(op, device)) for device in rows[0][1:])))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    return ["".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def small_calls() -> list[str]:
@@ -108,7 +108,8 @@ def library_hazards(library: Literal["cpu", "cuda"]) -> list[str]:
     version = _extension.build_facts(library).get("version", "unknown")
     if version != __version__:
         return [f"{path.name} was built from version {version}, this is {__version__}: install again"]
-    of_library = [*sources.glob("*.h"), *sources.glob("*.cpp" if library == "cpu" else "*.cu")]
+    suffixes = {".h", ".cpp"} if library == "cpu" else {".h", ".cuh", ".cu"}
+    of_library = [source for source in sources.glob("*") if source.suffix in suffixes]
     newer = [source.name for source in sorted(of_library) if source.stat().st_mtime > path.stat().st_mtime]
     return [f"{path.name} is older than csrc/{newer[0]}: install again"] if newer else []
 

@@ -56,8 +56,7 @@ def pictures_of(x: Tensor) -> Tensor:
 
 
 def clip_of(pictures: Tensor, x: Tensor) -> Tensor:
-    if x.shape[0] == 1:
-        return pictures.transpose(0, 1).unsqueeze(0)
+    """The other way round, with the stride between samples that PyTorch knows channels last by, of a single one too."""
     return pictures.unsqueeze(2) if x.shape[2] == 1 else pictures.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 

@@ -16,13 +16,6 @@ from .norms import memory_format
 _MODES = {"zeros": 0, "replicate": 1, "reflect": 2}
 
 
-def why_not_dtype(x: Tensor) -> str | None:
-    """None for a dtype that the library computes, else a sentence."""
-    if x.dtype in (torch.float32, torch.bfloat16):
-        return None
-    return f"it computes float32 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
-
-
 def in_rows(x: Tensor) -> Tensor:
     """x, or a copy if its rows do not follow each other, or neither positions nor channels lie side by side, or both,
     as in windows that overlap."""

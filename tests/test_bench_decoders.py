@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import decoders, measure, model, on_paper, page, side_by_side
+from bench import decoders, measure, model, norm_and_pad, on_paper, page, side_by_side
 from bench.__main__ import main
+from opensora_kernels._extension import why_not_loaded
 from tests.test_bench_model import plant_a_wrong_convolution
 
 _ENCODER = {"encoder_block_out_channels": (8, 8, 16, 16)}  # not run, but drawn
@@ -93,6 +96,23 @@ def test_an_unknown_model_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["model", "--models", "wan_2.1,sora"])
     assert "'sora'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["norm_and_pad", "plain_causal_vae", "plain_open_sora_vae"])
+def test_modules_of_their_own_explain_themselves(name: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        import_module(f"bench.{name}").main()
+    assert f"python -m bench.{name}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.skipif(why_not_loaded("cpu") is not None, reason=str(why_not_loaded("cpu")))
+@pytest.mark.parametrize("layout", norm_and_pad.LAYOUTS.values(), ids=norm_and_pad.LAYOUTS)
+def test_norm_and_padding_are_timed_for_the_same_result(layout: torch.memory_format):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((1, 64, 2, 5, 6), (64,), (64,)))
+    given = (x.contiguous(memory_format=layout), weight, bias)
+    torch.testing.assert_close(norm_and_pad.ours(*given), norm_and_pad.plain(*given))
 
 
 @pytest.mark.slow

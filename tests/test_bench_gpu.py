@@ -104,11 +104,28 @@ def test_the_commands_of_all_parts_are_understood(tmp_path: Path, monkeypatch: p
     assert read == {"bench", "backward", "model", "tune"}
 
 
+def test_the_sanitizer_sees_every_compiled_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "which", lambda name, **places: f"/bin/{name}")
+    part = next(part for part in gpu.parts(tmp_path) if part.name == "memcheck")
+    pytest_command = part.command[part.command.index(sys.executable) :]
+    collect = [*pytest_command, "--collect-only", "-q", "-o", "addopts="]
+    listed = subprocess.run(collect, cwd=gpu.ROOT, check=True, capture_output=True, text=True).stdout
+    for test in (
+        "test_packed_keys_are_each_samples_own[cuda]",
+        "test_compiled_kernels_are_as_accurate_as_pytorch[plain]",
+        "[causal_conv3d-cuda-eights-torch.bfloat16-cuda]",
+        "[pack_shards-cuda-small-torch.bfloat16-cuda]",
+        "[unpack_shards-cuda-small-torch.bfloat16-cuda]",
+    ):
+        assert test in listed
+
+
 def test_test_files_that_can_not_be_imported_keep_no_others_from_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As on a machine without pytest-timeout and without packages that models need."""
-    (tmp_path / "tests" / "ops").mkdir(parents=True)
+    for folder in ("ops", "csrc"):
+        (tmp_path / "tests" / folder).mkdir(parents=True)
     shutil.copy(gpu.ROOT / "pyproject.toml", tmp_path)
     on_gpu = "import pytest\n@pytest.mark.gpu\n@pytest.mark.timeout(9)\ndef test_it(): pass\n"
     (tmp_path / "tests" / "ops" / "test_operator.py").write_text(on_gpu)

@@ -156,18 +156,23 @@ def test_doctor_says_what_a_library_was_built_with_though_it_does_not_load(compi
     ]
 
 
-def test_doctor_finds_a_library_that_is_older_than_its_sources(compiled: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("library", "name"), [("cpu", "some.cpp"), ("cuda", "some.cuh")])
+def test_doctor_finds_a_library_that_is_older_than_its_sources(
+    library: str, name: str, compiled: Path, monkeypatch: pytest.MonkeyPatch
+):
     (compiled / "csrc").mkdir()
-    library, source = compiled / "_cpu_library.so", compiled / "csrc/some.cpp"
-    library.write_bytes(cuda_facts("13.0.88").replace(b"0.0.1", __version__.encode()))
+    source = compiled / "csrc" / name
     source.touch()
     monkeypatch.setattr(doctor, "__file__", str(compiled / "opensora_kernels/__main__.py"))
-    os.utime(library, (2, 2))
+    for each in ("cpu", "cuda"):
+        path = compiled / f"_{each}_library.so"
+        path.write_bytes(cuda_facts("13.0.88").replace(b"0.0.1", __version__.encode()))
+        os.utime(path, (2, 2))
     os.utime(source, (1, 1))
-    assert doctor.library_hazards("cpu") == []
+    assert doctor.library_hazards(library) == []
     os.utime(source, (3, 3))
-    assert doctor.library_hazards("cpu") == ["_cpu_library.so is older than csrc/some.cpp: install again"]
-    assert doctor.library_hazards("cuda") == []
+    assert doctor.library_hazards(library) == [f"_{library}_library.so is older than csrc/{name}: install again"]
+    assert doctor.library_hazards("cuda" if library == "cpu" else "cpu") == []
 
 
 @pytest.mark.parametrize(("release", "cudnn", "is_hazard"), [

@@ -101,7 +101,7 @@ def test_commands_run(block: Block, tmp_path, monkeypatch):
                 run_module(words[2], words[3:], monkeypatch)
         elif words[0] == "make":
             assert all(target in makefile_targets() for target in words[1:] if "=" not in target), words
-        elif words[:2] == ["python", "setup.py"]:  # tests/cuda_library.py runs it
+        elif words[:2] == ["python", "setup.py"]:  # tests/test_build.py asks it what it decides
             assert words[2:] == ["build_ext", "--inplace"], words
         elif words[:2] == ["pip", "install"]:
             assert extras(words[-1]) <= declared_extras(), words

@@ -195,6 +195,7 @@ def _is_plain_conv2d(conv: nn.Module, stride: int, padding: int) -> bool:
 
 
 _CHAIN = ("causal_conv3d(norm, silu)", "causal_conv3d(norm, silu, residual)")
+_ON_CPU = " on a CPU without gradients"  # else the module's own forward runs
 _MODULATED = ("causal_conv3d(silu)", "causal_conv3d(silu, residual)")
 _NORMS = ("norm1", "norm2", "nonlinearity")
 _SEQUENCES = tuple(f"conv{number}{part}" for number in (1, 2, 3, 4) for part in ("", ".0", ".1", ".2", ".3"))
@@ -255,9 +256,13 @@ RECIPES = (
         latent_norms.is_latent_norm, latent_norms.forward_latent_norm, ("group_norm_silu",), with_latent,
         ("norm_layer", "conv_y", "conv_y.conv", "conv_b", "conv_b.conv"), (1, 0, 3, 4, 6),
     ),
-    Recipe(image_blocks.is_image_block, image_blocks.forward_image_block, _CHAIN, of_frames_alone, _NORMS),
     Recipe(
-        image_blocks.is_image_upsampling, image_blocks.upsample_image, ("upsample_conv3d",), of_frames, ("conv",)
+        image_blocks.is_image_block, image_blocks.forward_image_block, (_CHAIN[0], _CHAIN[1] + _ON_CPU),
+        of_frames_alone, _NORMS,
+    ),
+    Recipe(
+        image_blocks.is_image_upsampling, image_blocks.upsample_image, ("upsample_conv3d" + _ON_CPU,), of_frames,
+        ("conv",),
     ),
     Recipe(_is_upsampling, resampling.upsample_frames, ("upsample_conv3d",), of_frames, ("0", "1")),
     Recipe(

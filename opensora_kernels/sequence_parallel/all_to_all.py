@@ -64,8 +64,8 @@ def sequence_all_to_all(
     exchange and comes back as a list. Results are contiguous; a group of one rank, or None, returns x itself.
     route: "collective" is `all_to_all_single` of the group, NCCL's or gloo's. With "peer", inside one node, the packing
     kernel writes straight into the other ranks' memory, and two buffers as large as the largest share stay with the
-    group; not under torch.compile or in a CUDA graph, and all ranks must agree. "auto" is the collective, since "peer"
-    has not been measured on GPUs yet.
+    group until `release_peer_buffers`; not under torch.compile or in a CUDA graph, and all ranks must agree. "auto" is
+    the collective, since "peer" has not been measured on GPUs yet.
     Numbers: elements are moved, none is changed. Gradients: the inverse exchange; all ranks must run backward.
     Errors: ValueError for a tensor that is not this rank's share, axes that are equal or that x lacks, a group without
     this process, tensors of different shapes or devices, or, on all ranks, "peer" where `why_not_peer_to_peer` has a

@@ -97,9 +97,8 @@ def release_peer_buffers(group: dist.ProcessGroup) -> None:
 
     All ranks call it. It also goes back with the group itself.
     """
-    for device, buffers in _buffers.pop(group, {}).items():
+    for buffers in _buffers.pop(group, {}).values():
         buffers.finish()
-        del buffers, device
 
 
 class PeerBuffers:

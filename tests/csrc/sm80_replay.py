@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+from tests.csrc import host
 
 
 class Replay:
     """Compiled into `folder`. tile_out, num_splits: how the kernels share the work; 0 for their own choice."""
 
     def __init__(self, folder: Path) -> None:
-        compiler = shutil.which("g++") or shutil.which("clang++")
-        if compiler is None:
-            pytest.skip("no C++ compiler was found")
-        path, source = folder / "sm80_replay.so", CSRC / "tests" / "causal_conv3d_sm80_replay.cpp"
-        flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-shared"]
-        subprocess.run([compiler, *flags, source, "-o", path], check=True)
-        self._library = ctypes.CDLL(str(path))
+        if (reason := host.why_not()) is not None:
+            pytest.skip(reason)
+        self._library = ctypes.CDLL(str(host.library("causal_conv3d_sm80_replay.cpp", folder, level="-O1")))
         self._library.replay_forward.restype = self._library.replay_weight_gradient.restype = ctypes.c_bool
 
     def forward(

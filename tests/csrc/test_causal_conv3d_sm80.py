@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,17 @@ from torch import Tensor
 
 from opensora_kernels.ops.causal_conv3d import reference
 from opensora_kernels.ops.causal_conv3d.triton_call import Call
-from tests.csrc.sm80_replay import CSRC, Replay
+from tests.csrc import host
+from tests.csrc.sm80_replay import Replay
 from tests.ops.accuracy import assert_accurate
 
 SPACE_PADDINGS = ("zeros", "replicate", "reflect")
 GUARD = 64  # elements around what a kernel writes, which must stay as they are
 
 
+@pytest.mark.skipif(host.why_not() is not None, reason=str(host.why_not()))
 def test_index_maps_are_exhaustively_right(tmp_path: Path):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler was found")
-    program, source = tmp_path / "maps", CSRC / "tests" / "causal_conv3d_sm80_maps.cpp"
-    subprocess.run([compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", "-O1", source, "-o", program], check=True)
-    found = subprocess.run([program], capture_output=True, text=True)
+    found = subprocess.run([host.program("causal_conv3d_sm80_maps.cpp", tmp_path)], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
 
 

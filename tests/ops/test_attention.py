@@ -17,7 +17,7 @@ from tests.ops.properties import DTYPES as SHORT_DTYPES
 from tests.ops.properties import LEADING, MEMORY, Numbers, assert_triton_is_accurate, heads, interpreted
 
 _CAN_RUN_TRITON = _triton.why_not(torch.device("cpu")) is None
-# Those of `cuda` take neither fp32 nor small heads, see tests/test_csrc_attention.py.
+# Those of `cuda` take neither fp32 nor small heads, see tests/csrc/test_attention_sm90a.py.
 _RUNNING = [name for name in backends.backends_of("attention") if name not in ("cuda", "triton")]
 BACKENDS = pytest.mark.parametrize("backend", [*_RUNNING, *(["triton"] if _CAN_RUN_TRITON else [])])
 # All kernels compute in fp32.

@@ -58,13 +58,14 @@ def test_every_capability_is_as_accurate_as_pytorch(dtype: torch.dtype, layout: 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_numbers_do_not_depend_on_the_number_of_threads(layout: torch.memory_format):
     x = drawn(1, 48, 3, 40, 40, dtype=torch.bfloat16).contiguous(memory_format=layout)
-    before = torch.get_num_threads()
-    with use(group_norm_silu="cpu", rms_norm_silu="cpu"):
-        found = []
-        for num_threads in (1, 2, 3):
-            torch.set_num_threads(num_threads)
-            found.append(norms_of(x))
-    torch.set_num_threads(before)
+    before, found = torch.get_num_threads(), []
+    try:
+        with use(group_norm_silu="cpu", rms_norm_silu="cpu"):
+            for num_threads in (1, 2, 3):
+                torch.set_num_threads(num_threads)
+                found.append(norms_of(x))
+    finally:
+        torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
 

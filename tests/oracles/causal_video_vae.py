@@ -141,7 +141,8 @@ def tail_init(case: Case) -> Iterator[Check]:
         name = f"{version}.image_moments{suffix}"
         yield Check(name, posterior.moments, outputs[name], max_abs=LIMIT)
         name = f"{version}.image_decode{suffix}"
-        yield Check(name, vae.decode_unscaled(posterior.mode()), outputs[name], max_abs=LIMIT)
+        # what differs in the moments is decoded: 5.8e-5 with AVX512's exponentials
+        yield Check(name, vae.decode_unscaled(posterior.mode()), outputs[name], max_abs=2 * LIMIT)
 
 
 def tiny_vae(case: Case) -> CausalVideoVAE:

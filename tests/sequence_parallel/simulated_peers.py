@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opensora_kernels.sequence_parallel import peers
 from opensora_kernels.sequence_parallel.all_to_all import Exchange
-from tests import shards_replay
+from tests.csrc import shards_replay
 
 SECONDS = 20  # that a rank waits for the others before it fails
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from opensora_kernels.sequence_parallel import peers
 from opensora_kernels.sequence_parallel.all_to_all import _AllToAll
 from opensora_kernels.shards import shard_sizes
-from tests import shards_replay
+from tests.csrc import shards_replay
 from tests.sequence_parallel import interleavings, peers_checks, simulated_peers
 from tests.sequence_parallel.checks import SIZES
 from tests.sequence_parallel.simulated_peers import Group, Node

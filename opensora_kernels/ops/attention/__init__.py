@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opensora_kernels import _extension, _triton, backends
-from opensora_kernels._cpu import why_not_these
+from opensora_kernels._cpu import why_attention_is_slower, why_not_heads
 from opensora_kernels.backends import Implementation
 from opensora_kernels.checks import check_float, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
@@ -21,10 +21,6 @@ __all__ = ["attention"]
 LONG = 128
 # Instances of the template in csrc/attention_sm90a.cuh.
 CUDA_HEAD_SIZES = (64, 72, 96, 128)
-# Forward and backward of 2048 tokens in bf16, 8 heads of 72, on one core, 2026-11-30: PyTorch's fused attention 460 ms,
-# the compiled library 234 ms; of 64 tokens, 256 heads, 22.6 ms and 9.9 ms.
-MOST_CPU_KEYS = 2048
-MOST_CPU_AXES = 9
 
 
 def attention(
@@ -52,8 +48,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
         check_float("attention", name, tensor)
         if tensor.dtype != q.dtype:
             raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}")
-    if q.dim() < 3:
-        raise ValueError(f"attention: q must have shape (*, L, N, D), got {tuple(q.shape)}")
+    if q.dim() < 3 or q.shape[-1] == 0:
+        raise ValueError(f"attention: q must have shape (*, L, N, D) with D of at least 1, got {tuple(q.shape)}")
     if reference.is_packed(q, k):
         if key_lengths is None:
             raise ValueError(f"attention: key_lengths must be given for packed k of shape {tuple(k.shape)}, got None")
@@ -113,17 +109,11 @@ def _why_triton_is_slower(q: Tensor, k: Tensor, v: Tensor, scale: float, key_len
 
 
 def _why_no_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
-    if q.dim() > MOST_CPU_AXES:
-        return f"the compiled CPU library takes at most {MOST_CPU_AXES} axes, got {q.dim()}"
-    return why_not_these(q, k, v)
+    return why_not_heads(q, k, v)
 
 
 def _why_cpu_is_slower(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> str | None:
-    if q.numel() == 0:
-        return "PyTorch's own operators take less time to call, and there is nothing to compute"
-    if k.shape[-3] > MOST_CPU_KEYS:
-        return f"all keys of a head are held in cache, measured for up to {MOST_CPU_KEYS}, got {k.shape[-3]}"
-    return None
+    return why_attention_is_slower(q, k.shape[-3])
 
 
 def _saved_by_kernels(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> list[Tensor]:

@@ -125,6 +125,7 @@ ERRORS = [
     BadCall("integer_q", lambda a: a | {"q": a["q"].int()}, TypeError, "attention: q must have a floating-point dtype"),
     BadCall("half_v", lambda a: a | {"v": a["v"].half()}, TypeError, "attention: v must have q's dtype"),
     BadCall("two_axes", lambda a: a | {"q": a["q"][0, 0]}, ValueError, r"attention: q must have shape \(\*, L, N, D\)"),
+    BadCall("empty_heads", lambda a: a | {"q": a["q"][..., :0]}, ValueError, r"D of at least 1, got \(2, 6, 2, 0\)"),
     BadCall("other_heads", lambda a: a | {"k": a["k"][..., :1, :]}, ValueError, "attention: k must have shape"),
     BadCall("short_v", lambda a: a | {"v": a["v"][:, 1:]}, ValueError, "attention: v must have shape that of k"),
     BadCall("packed_without_lengths", _packed, ValueError, "attention: key_lengths must be given for packed k"),

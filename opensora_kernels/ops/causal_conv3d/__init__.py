@@ -135,6 +135,8 @@ def _check_tensors(
             f"{op}: groups must divide the {x.shape[1]} input and {weight.shape[0]} output channels, got {groups}"
         )
     check_shape(op, "weight", weight, (None, x.shape[1] // groups, None, None, None), "(O, C / groups, kt, kh, kw)")
+    if min(weight.shape[0], *weight.shape[2:]) < 1:
+        raise ValueError(f"{op}: weight must have outputs and taps, at least 1 of each, got {tuple(weight.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         # under autocast PyTorch brings the convolution's inputs to one dtype itself
         if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):

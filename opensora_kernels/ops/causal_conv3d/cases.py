@@ -119,6 +119,8 @@ ERRORS = [
         r"causal_conv3d: weight must have shape \(O, C / groups, kt, kh, kw\)",
     ),
     BadCall("narrow_weight", lambda a: a | {"weight": a["weight"][:, :2]}, ValueError, "weight must have shape"),
+    BadCall("no_outputs", lambda a: a | {"weight": a["weight"][:0]}, ValueError, "weight must have outputs and taps"),
+    BadCall("no_taps", lambda a: a | {"weight": a["weight"][..., :0]}, ValueError, r"1 of each, got \(4, 4, 3, 3, 0\)"),
     BadCall("other_dtype", lambda a: a | {"weight": a["weight"].half()}, TypeError, "weight must have x's dtype"),
     BadCall("half_bias", lambda a: a | {"bias": a["bias"].half()}, TypeError, "bias must have x's dtype"),
     BadCall("half_residual", lambda a: a | {"residual": a["residual"].half()}, TypeError, "residual must have x's"),

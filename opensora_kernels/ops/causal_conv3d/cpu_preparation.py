@@ -7,20 +7,20 @@ Axes: B batch, C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from opensora_kernels import _extension, backends, cpu_norms, norms
+from opensora_kernels._cpu import why_not_these
 from opensora_kernels.causal_padding import pad_for_convolution, pad_time
 from opensora_kernels.norms import memory_format
 
 from . import reference
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preparation:
     """activation(norm(x)), padded in space as far as the convolution does not do it itself."""
 
@@ -37,21 +37,30 @@ class Preparation:
     space_pad: list[int]
     state: Tensor | None  # frames in front of x, as the convolution reads them
     shows_x: bool  # a window may be a part of x; not where the result takes its memory meanwhile
+    is_by_library: bool = field(init=False)
+    _of_clip: Tensor | None = field(init=False)  # moments or, by PyTorch, statistics of all frames, if the norm wants them
 
-    @cached_property
+    def __post_init__(self) -> None:
+        self.is_by_library = self._can_be_by_library()
+        self._of_clip = self._moments_of_clip() if self.is_by_library else self._statistics_of_clip()
+
+    @property
     def padding(self) -> list[int]:
         """(T, H, W), left to the convolution: zeros, the same number on either side."""
         left, right, top, bottom = self.space_pad
         is_even = self.space_padding == "zeros" and left == right and top == bottom
         return [0, top, left] if is_even else [0, 0, 0]
 
-    @cached_property
+    @property
     def border(self) -> list[int]:
         """(left, right, top, bottom), added here."""
         return [0] * 4 if any(self.padding) else self.space_pad
 
-    @cached_property
-    def is_by_library(self) -> bool:
+    @property
+    def _changes(self) -> bool:
+        return bool(self.norm or self.activation or any(self.border))
+
+    def _can_be_by_library(self) -> bool:
         """Whether the compiled library takes these tensors. On meta tensors memory is planned as if it were there."""
         given = [each for each in (self.x, self.weight, self.bias, self.statistics) if each is not None]
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
@@ -62,21 +71,14 @@ class Preparation:
             return False
         if self.norm == "rms" and any(each.dtype is not self.x.dtype for each in given):
             return False
-        return cpu_norms.why_not_dtype(self.x) is None and _extension.why_not_loaded("cpu") is None
+        return why_not_these(self.x) is None and _extension.why_not_loaded("cpu") is None
 
-    @cached_property
-    def _changes(self) -> bool:
-        return bool(self.norm or self.activation or any(self.border))
-
-    @cached_property
-    def _clip_moments(self) -> Tensor | None:
-        """Of the whole clip, where the norm looks across frames."""
+    def _moments_of_clip(self) -> Tensor | None:
         if self.norm != "group" or self.per_frame:
             return None
         return cpu_norms.group_moments(self.x, self.num_groups, self.eps, False, self.statistics)
 
-    @cached_property
-    def _clip_statistics(self) -> Tensor | None:
+    def _statistics_of_clip(self) -> Tensor | None:
         if self.norm != "group" or self.per_frame or self.statistics is not None:
             return self.statistics
         return norms.group_statistics(self.x, self.num_groups)
@@ -132,7 +134,7 @@ class Preparation:
                 self.space_padding,
             )  # fmt: skip
             return
-        moments = self._clip_moments
+        moments = self._of_clip
         if self.norm == "group" and self.per_frame:
             given = self.statistics if self.statistics is None else self.statistics[:, :, frames]
             moments = cpu_norms.group_moments(part, self.num_groups, self.eps, True, given)
@@ -146,7 +148,7 @@ class Preparation:
     def _window_by_pytorch(
         self, previous: Tensor | None, num_kept: int, frames: slice, time_pad: int, time_padding: str
     ) -> Tensor:
-        statistics = self._clip_statistics
+        statistics = self._of_clip
         if self.per_frame and statistics is not None:
             statistics = statistics[:, :, frames]
         hidden = reference.prepare(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_kernels import _extension
 from opensora_kernels._triton.convolution import Source, Taps, channels_last
 from opensora_kernels.norms import like
 
@@ -111,7 +112,7 @@ def _source(call: Call, moments_BTG2: Tensor | None) -> tuple[Source, tuple[Taps
 
 
 def _has_copy_engine(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return device.type == "cuda" and _extension.compute_capability(device.index) == (9, 0)
 
 
 def _frames(source: Source) -> tuple[Tensor, Tensor | None]:

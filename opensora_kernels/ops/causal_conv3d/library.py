@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opensora_kernels import _extension, cpu_convolution, cpu_steps
-from opensora_kernels.cpu_norms import why_not_dtype
+from opensora_kernels._cpu import why_not_these
 from opensora_kernels.norms import like, memory_format
 
 from . import reference
@@ -115,7 +115,7 @@ def why_slower(*values: Any) -> str | None:
 def _is_prepared(x: Tensor, *others: Any) -> bool:
     """Whether the compiled library has something to do before the convolution."""
     norm, activation = others[10], others[17]
-    is_ready = why_not_dtype(x) is None and _extension.why_not_loaded("cpu") is None
+    is_ready = why_not_these(x) is None and _extension.why_not_loaded("cpu") is None
     return bool(norm or activation) and is_ready and x.device.type in ("cpu", "meta")
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from opensora_kernels import _extension, _triton
+from opensora_kernels._cpu import why_not_these
 from opensora_kernels.checks import check_choice, check_float, check_same_device
-from opensora_kernels.cpu_norms import why_not_dtype
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
 
@@ -76,7 +76,7 @@ def _moments_like(
 
 
 def _why_not_on_cpu(x: Tensor, *others: Any) -> str | None:
-    return why_not_dtype(x)
+    return why_not_these(x)
 
 
 _triton.register("group_norm_silu", saved_like=_moments_like)

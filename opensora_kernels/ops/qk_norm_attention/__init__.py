@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from opensora_kernels import _extension, _triton, backends
+from opensora_kernels._cpu import why_attention_is_slower
 from opensora_kernels.backends import Implementation
 from opensora_kernels.checks import check_float, check_same_device, check_shape
 from opensora_kernels.ops.qk_norm_rope import NormScope, Order, RopeLayout, check_qk_norm_rope, why_no_cpu
@@ -19,7 +20,6 @@ __all__ = ["qk_norm_attention"]
 # Longer sequences, or larger heads, have tiles of scores, of q, k and v that no longer fit into registers.
 LONG = 128
 LARGEST_TILE = 128 * 80
-MOST_CPU_KEYS = 2048  # as attention
 
 
 def qk_norm_attention(
@@ -80,11 +80,7 @@ def _why_no_cpu(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *other
 
 
 def _why_cpu_is_slower(q: Tensor, *others: Any) -> str | None:
-    if q.numel() == 0:
-        return "PyTorch's own operators take less time to call, and there is nothing to compute"
-    if q.shape[-3] > MOST_CPU_KEYS:
-        return f"all keys of a head are held in cache, measured for up to {MOST_CPU_KEYS}, got {q.shape[-3]}"
-    return None
+    return why_attention_is_slower(q, q.shape[-3])
 
 
 register_op(

@@ -104,5 +104,6 @@ ERRORS = [
         ValueError,
         "qk_norm_attention: q_weight and k_weight must be given together",
     ),
+    BadCall("empty_heads", lambda a: a | {"q": a["q"][..., :0]}, ValueError, r"D of at least 1, got \(2, 6, 2, 0\)"),
     BadCall("unknown_order", lambda a: a | {"order": "rope"}, ValueError, "qk_norm_attention: order must be one of"),
 ]

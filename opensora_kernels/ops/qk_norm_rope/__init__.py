@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from opensora_kernels import _extension, _triton
-from opensora_kernels._cpu import why_not_these, why_small_is_slower
+from opensora_kernels._cpu import why_not_heads, why_small_is_slower
 from opensora_kernels.checks import check_choice, check_float, check_same_device, check_shape
 from opensora_kernels.registration import call, register_op
 
@@ -18,8 +18,6 @@ __all__ = ["qk_norm_rope"]
 Order = Literal["norm_rope", "rope_norm"]
 RopeLayout = Literal["interleaved", "half"]
 NormScope = Literal["head", "token"]
-
-MOST_CPU_AXES = 9
 
 
 def qk_norm_rope(
@@ -82,8 +80,8 @@ def check_qk_norm_rope(
     check_choice(op, "order", order, Order)
     check_choice(op, "rope_layout", rope_layout, RopeLayout)
     check_choice(op, "norm_scope", norm_scope, NormScope)
-    if q.dim() < 3:
-        raise ValueError(f"{op}: q must have shape (*, L, N, D), got {tuple(q.shape)}")
+    if q.dim() < 3 or q.shape[-1] == 0:
+        raise ValueError(f"{op}: q must have shape (*, L, N, D) with D of at least 1, got {tuple(q.shape)}")
     num_heads, head_size = q.shape[-2:]
     check_shape(op, "k", k, (*q.shape[:-3], None, num_heads, head_size), "(*, Lk, N, D)")
     if (q_weight is None) != (k_weight is None):
@@ -113,11 +111,9 @@ def why_no_cpu(
     *options: Any,
 ) -> str | None:
     """Why the CPU library can't serve the norm and rotation of these; `qk_norm_attention` asks too."""
-    if q.dim() > MOST_CPU_AXES:
-        return f"the compiled CPU library takes at most {MOST_CPU_AXES} axes, got {q.dim()}"
     if cos is not None and cos.dtype != sin.dtype:
         return f"the compiled CPU library takes cos and sin of one dtype, got {cos.dtype} and {sin.dtype}"
-    return why_not_these(q, k, q_weight, k_weight, cos, sin)
+    return why_not_heads(q, k, q_weight, k_weight, cos, sin)
 
 
 def _why_cpu_is_slower(q: Tensor, *others: Any) -> str | None:

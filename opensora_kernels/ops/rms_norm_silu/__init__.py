@@ -7,8 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from opensora_kernels import _extension, _triton
+from opensora_kernels._cpu import why_not_these
 from opensora_kernels.checks import check_choice, check_float, check_same_device
-from opensora_kernels.cpu_norms import why_not_dtype
 from opensora_kernels.norms import Norm, check_norm
 from opensora_kernels.registration import call, register_op
 
@@ -56,7 +56,7 @@ def _why_not_on_cpu(x: Tensor, weight: Tensor | None, bias: Tensor | None, *othe
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.dtype is not x.dtype:
             return f"it rounds in x's dtype, but {name} has another one: {str(parameter.dtype).removeprefix('torch.')}"
-    return why_not_dtype(x)
+    return why_not_these(x)
 
 
 _triton.register("rms_norm_silu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,25 +14,17 @@ from torch import Tensor
 
 from opensora_kernels import _extension, _triton, attention, backends, use
 from opensora_kernels.ops.attention import reference
+from tests.csrc import host
 from tests.ops.accuracy import assert_accurate
 from tests.ops.properties import Numbers
 
-SOURCES = Path(__file__).parents[1] / "csrc/tests"
 HEAD_SIZES = (64, 72, 96, 128)
 SCALE = 0.11
 
 
-def compile_host(source: str, target: Path, *options: str) -> Path:
-    if (compiler := shutil.which("c++")) is None:
-        pytest.skip("there is no C++ compiler")
-    command = [compiler, "-std=c++20", "-O2", "-Wall", "-Werror", *options, SOURCES / source, "-o", target]
-    subprocess.run(command, check=True)
-    return target
-
-
+@pytest.mark.skipif(host.why_not() is not None, reason=str(host.why_not()))
 def test_every_index_map_agrees_with_the_hardware(tmp_path: Path):
-    program = compile_host("attention_maps.cpp", tmp_path / "maps")
-    ran = subprocess.run([program], capture_output=True, text=True)
+    ran = subprocess.run([host.program("attention_maps.cpp", tmp_path)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
 
 
@@ -74,10 +65,9 @@ class Replay:
 def replay_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replay]:
     if (reason := _extension.why_not_loaded("cpu")) is not None:
         pytest.skip(f"the operator's schema is not there: {reason}")
-    if (reason := _triton.why_not_installed()) is not None:
+    if (reason := _triton.why_not_installed() or host.why_not()) is not None:
         pytest.skip(reason)
-    target = tmp_path_factory.mktemp("csrc") / "attention_replay.so"
-    replay = Replay(compile_host("attention_replay.cpp", target, "-shared", "-fPIC"))
+    replay = Replay(host.library("attention_replay.cpp", tmp_path_factory.mktemp("attention")))
     library = torch.library.Library("opensora_kernels", "IMPL")
     library.impl("attention_cuda_forward", lambda *arguments: replay(*arguments), "CPU")
     yield replay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +14,16 @@ from torch import Tensor
 from opensora_kernels._extension import why_not_loaded
 from opensora_kernels.ops.pack_shards import cuda_kernel as packing
 from opensora_kernels.ops.unpack_shards import cuda_kernel as unpacking
-from tests import shards_replay
+from tests.csrc import host, shards_replay
 from tests.ops.test_shards import by_tensor_split, numbers
 
-pytestmark = pytest.mark.skipif(shards_replay.why_not() is not None, reason=str(shards_replay.why_not()))
+pytestmark = pytest.mark.skipif(host.why_not() is not None, reason=str(host.why_not()))
 on_cpu = pytest.mark.skipif(shards_replay.why_not_on_cpu() is not None, reason=str(shards_replay.why_not_on_cpu()))
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.complex128]
 
 
-def test_every_index_map_is_right_at_small_sizes_and_at_the_edges_of_large_ones():
-    ran = subprocess.run([shards_replay.compiled("pack_shards_maps.cpp")], capture_output=True, text=True)
+def test_every_index_map_is_right_at_small_sizes_and_at_the_edges_of_large_ones(tmp_path: Path):
+    ran = subprocess.run([host.program("pack_shards_maps.cpp", tmp_path)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
 
 

@@ -6,8 +6,6 @@ What is not replayed is the launch itself and the few lines that hand tensors to
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -19,19 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_kernels._extension import why_not_loaded
-
-SOURCES = Path(__file__).parents[1] / "csrc" / "tests"
-
-
-def why_not() -> str | None:
-    return None if shutil.which("g++") else "g++ is not installed"
-
-
-def compiled(source: str, *options: str) -> Path:
-    """What g++ makes of csrc/tests/`source`, without CUDA."""
-    target = Path(_folder().name) / Path(source).stem
-    subprocess.run(["g++", "-std=c++20", "-O1", *options, "-o", target, SOURCES / source], check=True)
-    return target
+from tests.csrc import host
 
 
 def copy_by_threads(
@@ -71,7 +57,7 @@ class OnCPU(TorchDispatchMode):
 
 def why_not_on_cpu() -> str | None:
     """The schemas are those of the CPU library."""
-    return why_not() or why_not_loaded("cpu")
+    return host.why_not() or why_not_loaded("cpu")
 
 
 def pack(tensors: list[Tensor], num_shards: int, dim: int, *, force_wide: bool = False) -> Tensor:
@@ -116,4 +102,4 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 @cache
 def library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(compiled("pack_shards_replay.cpp", "-shared", "-fPIC")))
+    return ctypes.CDLL(str(host.library("pack_shards_replay.cpp", Path(_folder().name), level="-O1")))
