@@ -35,15 +35,14 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
 def _why_no_cpu(x: Tensor, weight: Tensor | None, eps: float) -> str | None:
     if not 1 <= x.dim() <= MOST_CPU_AXES:
         return f"the compiled CPU library takes 1 to {MOST_CPU_AXES} axes, got {x.dim()}"
-    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-    if strides != sorted(set(strides), reverse=True):  # PyTorch's operators keep the order, without a copy of x
-        return (
-            f"the compiled CPU library writes rows one after the other, but x has its axes in another order: {strides}"
-        )
     return why_not_these(x, weight)
 
 
 def _why_cpu_is_slower(x: Tensor, weight: Tensor | None, eps: float) -> str | None:
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    if strides != sorted(set(strides), reverse=True):
+        # 128 channels first, 8 x 32 x 32, one core, 2026-11-30: 7.4 ms against 0.44 in fp32, 2.6 against 0.60 in bf16
+        return f"it copies x, whose axes lie in another order than its rows: strides {strides}"
     # bf16 on one core, 2026-11-30: 24,576 elements 28 us against 27; with gradients 121 us against 159, 122,880 490
     # against 245
     return why_small_is_slower((x, weight), x.numel(), 24_576, 65_536)

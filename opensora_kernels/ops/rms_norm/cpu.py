@@ -15,7 +15,10 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     out = torch.ops.opensora_kernels.qk_norm_rope_cpu_forward(
         heads, None, weight, None, None, None, True, eps, *_NO_ROTATION
     )[0]
-    return out.view(x.shape)
+    out = out.view(x.shape)
+    if x.is_contiguous() or torch.empty_like(x, device="meta").stride() == out.stride():
+        return out
+    return torch.empty_like(x).copy_(out)  # in x's order of axes, as PyTorch's own operators
 
 
 def backward(
