@@ -38,7 +38,9 @@ class Preparation:
     state: Tensor | None  # frames in front of x, as the convolution reads them
     shows_x: bool  # a window may be a part of x; not where the result takes its memory meanwhile
     is_by_library: bool = field(init=False)
-    _of_clip: Tensor | None = field(init=False)  # moments or, by PyTorch, statistics of all frames, if the norm wants them
+    _of_clip: Tensor | None = field(
+        init=False
+    )  # moments or, by PyTorch, statistics of all frames, if the norm wants them
 
     def __post_init__(self) -> None:
         self.is_by_library = self._can_be_by_library()
