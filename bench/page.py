@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -104,6 +105,10 @@ def device_page(folder: Path) -> str:
             parts += [_picture(path) for path in [folder / OF_SECTIONS[name]] if path.exists()]
     if (folder / "plain_causal_vae.json").exists():
         parts += plain_section(read(folder / "plain_causal_vae.json"))
+    if (folder / "plain_open_sora_vae.json").exists():
+        parts += decode_section(read(folder / "plain_open_sora_vae.json"))
+    if (folder / "norm_and_pad.json").exists():
+        parts += norm_and_pad_section(read(folder / "norm_and_pad.json"))
     if (folder / "memory.json").exists():
         parts += memory_section(read(folder / "memory.json"))
     return "\n".join(parts)
@@ -228,6 +233,37 @@ def plain_section(record: Record) -> list[str]:
     said = f"{_made(record)}; {clip}. In units of PyTorch's own calls, one run each in a process of its own.\n"
     heads = ["runs", "processor time", "peak memory of the process", "beyond weights and libraries"]
     return ["## Open-Sora-Plan's VAE at full size, beside PyTorch's own calls\n", said, _markdown(heads, lines)]
+
+
+def decode_section(record: Record) -> list[str]:
+    """Open-Sora 1.2's VAE at its full size against the same in PyTorch's own calls: medians of the runs."""
+
+    def median(how: str, of: Callable[[Row], float]) -> float:
+        return statistics.median(of(row) for row in record["rows"] if row["how"] == how)
+
+    def times(of: Callable[[Row], float]) -> str:
+        return f"{median('plain', of) / median('ours', of):.2f}"
+
+    beyond = f"{1 / float(times(lambda row: row['peak_mib'] - row['before_mib'])):.2f}"
+    cells = [times(lambda row: row["seconds"]), times(lambda row: row["cpu_seconds"]), beyond]
+    said = (
+        f"{record['device']}, {record['dtype']}, torch {record['torch']}, {record['date'][:10]}, `{record['commit']}`; "
+        f"{record['frames']} x {record['size']} x {record['size']} pixels, random weights, its image VAE patched. "
+        f"Medians of {len(record['rows']) // 2} runs each, in turn, each in a process of its own.\n"
+    )
+    heads = ["x PyTorch's own calls", "x their processor time", "peak memory beyond weights, in units of theirs"]
+    return ["## Open-Sora 1.2's VAE decodes at full size\n", said, _markdown(heads, [cells])]
+
+
+def norm_and_pad_section(record: Record) -> list[str]:
+    lines = []
+    for row in record["rows"]:
+        channels, *clip = row["shape"]
+        speeds = [f"{row[other] / row['ours']:.2f}" for other in ("plain", "compiled")]
+        lines.append([row["dtype"], f"{channels} x {' x '.join(map(str, clip))}", row["layout"], *speeds])
+    said = f"{record['device']}, torch {record['torch']}, {record['date'][:10]}, `{record['commit']}`.\n"
+    heads = ["dtype", "channels x clip", "order of axes", "x F.group_norm, F.silu, F.pad", "x torch.compile of them"]
+    return ["## GroupNorm, SiLU and padding before a convolution, in one pass\n", said, _markdown(heads, lines)]
 
 
 def frames_section(record: Record) -> list[str]:
