@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,9 +71,16 @@ def parameter_gradients(
 ) -> list[Tensor | None]:
     """Of both weights, cos and sin, each in its own dtype; None where it is not wanted."""
     found = [*(of_weights if any(wanted[:2]) else (None, None)), *(of_angles if any(wanted[2:]) else (None, None))]
+    return in_their_dtypes(found, parameters, wanted)
+
+
+def in_their_dtypes(
+    grads: Sequence[Tensor | None], values: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Each gradient in the dtype of what it is of; None where it is not wanted."""
     return [
         grad.to(value.dtype) if is_wanted else None
-        for grad, value, is_wanted in zip(found, parameters, wanted, strict=True)
+        for grad, value, is_wanted in zip(grads, values, wanted, strict=True)
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opensora_kernels._cpu import dense, dense_rows
+from opensora_kernels._cpu import dense, dense_rows, in_their_dtypes
 
 
 def forward(
@@ -48,13 +48,10 @@ def backward(
     grad_x, grad_y, found = torch.ops.opensora_kernels.modulate_cpu_backward(
         *values[:2], *wanted[:2], any(wanted_tables), *values[2:], *dense(frame_mask), True, eps
     )
-    typed = [
-        (grad if index % 3 == 0 or grad_out is not None else torch.zeros_like(grad)).to(table.dtype)
-        if is_wanted
-        else None
-        for index, (grad, table, is_wanted) in enumerate(zip(_in_order(found), tables, wanted_tables, strict=True))
-    ]
-    of_gate, of_shift, of_scale, *of_others = typed
+    of_tables = _in_order(found)
+    if grad_out is None:
+        of_tables = [grad if index % 3 == 0 else torch.zeros_like(grad) for index, grad in enumerate(of_tables)]
+    of_gate, of_shift, of_scale, *of_others = in_their_dtypes(of_tables, tables, wanted_tables)
     return [grad_x, grad_y, of_gate, None, of_others[0], of_shift, of_scale, *of_others[1:], None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opensora_kernels._cpu import dense, dense_rows
+from opensora_kernels._cpu import dense, dense_rows, in_their_dtypes
 
 
 def forward(
@@ -41,13 +41,6 @@ def backward(
         None, grad, wanted[0], False, wants_tables, x, None, None, None, *tables, normalize, eps
     )
     of_shift, of_scale = found[1], found[2]  # each (2, B, C)
-    typed = [
-        grad.to(value.dtype) if is_wanted else None
-        for grad, value, is_wanted in (
-            (of_shift[0], shift, wanted[1]),
-            (of_scale[0], scale, wanted[2]),
-            (of_shift[1], shift0, wanted[6]),
-            (of_scale[1], scale0, wanted[7]),
-        )
-    ]
+    grads = (of_shift[0], of_scale[0], of_shift[1], of_scale[1])
+    typed = in_their_dtypes(grads, (shift, scale, shift0, scale0), [wanted[index] for index in (1, 2, 6, 7)])
     return [grad_x, *typed[:2], None, None, None, *typed[2:]]
