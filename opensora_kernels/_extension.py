@@ -6,18 +6,13 @@ Importing the package loads neither; `ops/<op>/cpu.py` and `ops/<op>/cuda_kernel
 from __future__ import annotations
 
 import ctypes
-import importlib
-from collections.abc import Callable
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from opensora_kernels import backends
-from opensora_kernels.backends import Implementation
 
 NOT_MEASURED = "it has not been measured on a GPU yet"
 """What `why_slower` of a CUDA kernel answers until a GPU has run it: it serves those alone who ask for it by name."""
@@ -29,37 +24,12 @@ _MODULES = {"cpu": "cpu", "cuda": "cuda_kernel"}
 _FACTS = b"opensora_kernels build facts: "  # csrc/build_facts.h
 
 
-def register(
-    op: str,
-    library: Literal["cpu", "cuda"],
-    *,
-    why_not: Callable[..., str | None] | None = None,
-    why_slower: Callable[..., str | None] | None = None,
-    saved_like: Callable[..., list[Tensor]] | None = None,
-    passes: Callable[..., list[int]] | None = None,
-) -> None:
-    """Make `forward` and `backward` of `opensora_kernels.ops.<op>.cpu` or `.cuda_kernel` a backend of `op`.
+def register(op: str, library: Literal["cpu", "cuda"], **options: Any) -> None:
+    """Make `opensora_kernels.ops.<op>.cpu` or `.cuda_kernel` a backend of `op`: see `backends.register_module`.
 
-    Both are as those of `_triton.register`, and so are the options. `why_not` is asked only about tensors on the
-    library's device, and where the library is loaded.
+    Its `why_not` is asked only about tensors on the library's device, and where the library is loaded.
     """
-
-    def kernels() -> ModuleType:
-        return importlib.import_module(f"opensora_kernels.ops.{op}.{_MODULES[library]}")
-
-    def forward(*values: Any) -> Any:
-        return kernels().forward(*values)
-
-    def backward(*values: Any) -> Any:
-        return kernels().backward(*values)
-
-    def reason(*values: Any) -> str | None:
-        return _why_not_here(library, values) or (None if why_not is None else why_not(*values))
-
-    implementation = Implementation(
-        forward, backward, reason, why_slower=why_slower, saved_like=saved_like, passes=passes
-    )
-    backends.register(op, library, implementation)
+    backends.register_module(op, library, _MODULES[library], lambda values: _why_not_here(library, values), **options)
 
 
 def why_not_loaded(library: Literal["cpu", "cuda"]) -> str | None:

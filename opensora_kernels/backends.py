@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Literal, get_args
 
 import torch
@@ -63,6 +63,43 @@ def register(op: str, backend: Backend, implementation: Implementation) -> None:
     """Make `implementation` a candidate for `op`."""
     _check_backend("register", backend)
     _implementations.setdefault(op, {})[backend] = implementation
+
+
+def register_module(
+    op: str,
+    backend: Backend,
+    module: str,
+    why_not_here: Callable[[tuple[Any, ...]], str | None],
+    *,
+    why_not: Callable[..., str | None] | None = None,
+    why_slower: Callable[..., str | None] | None = None,
+    saved_like: Callable[..., list[Tensor]] | None = None,
+    passes: Callable[..., list[int]] | None = None,
+) -> None:
+    """Make `forward` and `backward` of `opensora_kernels.ops.<op>.<module>`, imported at the first call, a backend.
+
+    forward(*values): the operator's result for its flat arguments; with `saved_like`, a list of the result and of what
+    the backward pass needs. backward(grads, wanted, saved, *values): one gradient or None for each of `values`; those
+    with False in `wanted` are not needed. `why_not_here` is asked first, whether the backend runs at all for these
+    values; `why_not`, `why_slower`, `saved_like`, `passes`: see `Implementation`.
+    """
+
+    def kernels() -> ModuleType:
+        return importlib.import_module(f"opensora_kernels.ops.{op}.{module}")
+
+    def forward(*values: Any) -> Any:
+        return kernels().forward(*values)
+
+    def backward(*values: Any) -> Any:
+        return kernels().backward(*values)
+
+    def reason(*values: Any) -> str | None:
+        return why_not_here(values) or (None if why_not is None else why_not(*values))
+
+    implementation = Implementation(
+        forward, backward, reason, why_slower=why_slower, saved_like=saved_like, passes=passes
+    )
+    register(op, backend, implementation)
 
 
 def ops() -> list[str]:

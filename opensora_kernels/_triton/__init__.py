@@ -5,14 +5,12 @@ Importing the package never imports Triton; `ops/<op>/triton_kernel.py`, which d
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
 from opensora_kernels import backends
-from opensora_kernels.backends import Implementation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,37 +44,9 @@ def why_not(device: torch.device) -> str | None:
     return f"Triton needs a CUDA tensor, got one on {device.type} (TRITON_INTERPRET=1 runs kernels on the CPU)"
 
 
-def register(
-    op: str,
-    *,
-    why_not: Callable[..., str | None] | None = None,
-    why_slower: Callable[..., str | None] | None = None,
-    saved_like: Callable[..., list[Tensor]] | None = None,
-    passes: Callable[..., list[int]] | None = None,
-) -> None:
-    """Make `forward` and `backward` of `opensora_kernels.ops.<op>.triton_kernel` the Triton backend of `op`.
-
-    forward(*values): the operator's result for its flat arguments; with `saved_like`, a list of the result and of what
-    the backward pass needs. backward(grads, wanted, saved, *values): one gradient or None for each of `values`; those
-    with False in `wanted` are not needed. `why_not`, `why_slower`, `saved_like`, `passes`: see `Implementation`.
-    """
-
-    def kernels() -> ModuleType:
-        return importlib.import_module(f"opensora_kernels.ops.{op}.triton_kernel")
-
-    def forward(*values: Any) -> Any:
-        return kernels().forward(*values)
-
-    def backward(*values: Any) -> Any:
-        return kernels().backward(*values)
-
-    def reason(*values: Any) -> str | None:
-        return _why_not_these(values) or (None if why_not is None else why_not(*values))
-
-    implementation = Implementation(
-        forward, backward, reason, why_slower=why_slower, saved_like=saved_like, passes=passes
-    )
-    backends.register(op, "triton", implementation)
+def register(op: str, **options: Any) -> None:
+    """Make `opensora_kernels.ops.<op>.triton_kernel` the Triton backend of `op`: see `backends.register_module`."""
+    backends.register_module(op, "triton", "triton_kernel", _why_not_these, **options)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
