@@ -15,6 +15,9 @@ from opensora_kernels.norms import memory_format
 NUM_ROWS = 20480
 """PyTorch itself gives an fp32 convolution of one clip to oneDNN if B*C*T*H is larger (ConvParams::use_mkldnn)."""
 
+LARGE_WEIGHTS = 48 << 20
+"""Bytes that oneDNN reorders at each call for longer than it then computes with them, if they serve few positions."""
+
 _is_foreseen: ContextVar[bool] = ContextVar("is_foreseen", default=False)
 
 
@@ -27,10 +30,12 @@ def conv3d(
     dilation: Sequence[int] = (1, 1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """F.conv3d of tensors that want no gradient, in fp32 always by oneDNN.
+    """F.conv3d of tensors that want no gradient, in fp32 by oneDNN.
 
     PyTorch gives small clips to a kernel that copies every window: 27 clips of memory, and 1.2 to 15 times the time
-    (torch 2.13, a Xeon, 2026-11-22: 3 frames of 26 x 26 with 128 channels, 5 of 98 x 98 with 16).
+    (torch 2.13, a Xeon, 2026-11-22: 3 frames of 26 x 26 with 128 channels, 5 of 98 x 98 with 16). It keeps those whose
+    windows are less than a copy of the weights: 0.4 to 0.7 of oneDNN's time (2026-11-30: 68 to 288 positions with 768
+    and 1024 channels; with 512, 28 MiB of weights, neither is faster).
     """
     if not is_for_onednn(x, weight, bias):
         if not _is_of_frames(x, weight, stride, padding):
@@ -102,6 +107,8 @@ def is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if any(type(each) not in (Tensor, nn.Parameter) or each.dtype is not torch.float32 for each in tensors):
         return False
     if max(weight.shape[2:]) == 1:  # a matrix product, of which nothing is copied
+        return False
+    if weight.nbytes > LARGE_WEIGHTS and x.numel() // x.shape[1] < weight.shape[0]:
         return False
     if any(unpack_dual(each).tangent is not None for each in tensors):  # it has no forward-mode derivative
         return False
