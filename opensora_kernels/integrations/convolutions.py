@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora_kernels.norms import Norm
 from opensora_kernels.ops.causal_conv3d import causal_conv3d
+
+from .norms import apply_norm
 
 # What conv3d and F.pad call a padding, and what causal_conv3d does.
 _SPACE = {"zeros": "zeros", "constant": "zeros", "replicate": "replicate", "reflect": "reflect"}
@@ -23,11 +26,14 @@ _SPACE = {"zeros": "zeros", "constant": "zeros", "replicate": "replicate", "refl
 Run = Callable[..., tuple[Tensor, Any]]
 
 
-def convolve(conv: nn.Conv3d, x: Tensor, space: tuple[str, Any] | None = None, **options: Any) -> Any:
-    """`causal_conv3d` with the weights of `conv` and, unless `space` says otherwise, its padding in space."""
+def convolve(
+    conv: nn.Conv3d, x: Tensor, space: tuple[str, Any] | None = None, taps: slice = slice(None), **options: Any
+) -> Any:
+    """`causal_conv3d` with the weights of `conv` (some of its taps in time) and, unless `space` says otherwise, its
+    padding in space."""
     mode, pads = space or (conv.padding_mode, _space_pad(conv))
     return causal_conv3d(
-        x, conv.weight, conv.bias, stride=conv.stride, dilation=conv.dilation, groups=conv.groups,
+        x, conv.weight[:, :, taps], conv.bias, stride=conv.stride, dilation=conv.dilation, groups=conv.groups,
         space_padding=_SPACE[mode], space_pad=pads, **options,
     )  # fmt: skip
 
@@ -46,6 +52,8 @@ def run_padding_tuple(conv: nn.Conv3d, x: Tensor, cache: Tensor | None, **fused:
     pads, num_front = conv._padding[:4], conv._padding[4]
     if num_front == 0:
         return convolve(conv, x, ("zeros", pads), time_padding="none", **fused), None
+    if cache is None and _reads_one_frame(conv, x):
+        return _run_first_frame(conv, x, **fused)
     if cache is not None:
         cache = cache.to(x.device)
         if cache.shape[2] < num_front:  # a first chunk of one frame: zeros stand before it
@@ -57,9 +65,33 @@ def run_padding_tuple(conv: nn.Conv3d, x: Tensor, cache: Tensor | None, **fused:
 
 def forward_padding_tuple(self: nn.Module, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     pads, num_front = self._padding[:4], self._padding[4]
-    if num_front == 0 or cache_x is None:
+    if num_front == 0 or (cache_x is None and not _reads_one_frame(self, x)):
         return convolve(self, x, ("zeros", pads), time_pad=num_front)
     return run_padding_tuple(self, x, cache_x)[0]
+
+
+def _reads_one_frame(conv: nn.Conv3d, x: Tensor) -> bool:
+    """Whether x is one frame that the last tap alone reads: the others read the zeros in front of it."""
+    return x.shape[2] == 1 and conv._padding[4] == conv.kernel_size[0] - 1 and conv.dilation[0] == 1
+
+
+def _run_first_frame(
+    conv: nn.Conv3d,
+    x: Tensor,
+    *,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    may_overwrite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A third of the products, and no clip of zeros. The cache is the frame as the convolution reads it."""
+    hidden = x if norm is None else apply_norm(norm, x, activation)
+    if norm is None and activation is not None:
+        hidden = nn.functional.silu(x)
+    out = convolve(
+        conv, hidden, ("zeros", conv._padding[:4]), slice(-1, None), time_padding="none", residual=residual
+    )
+    return out, _last_frames(x, 1) if hidden is x else hidden
 
 
 # HunyuanVideo, HunyuanVideo 1.5, the Hunyuan image refiner: one F.pad for all sides, no cache.
