@@ -116,8 +116,9 @@ def test_gradients_are_those_of_the_unpatched_model(name: str):
     largest = max(gradient.abs().max() for gradient in true.values())
     nothing = {parameter for parameter, gradient in true.items() if gradient.abs().max() < 1e-12 * largest}
     assert all(patched[parameter].abs().max() < 1e-6 * largest for parameter in nothing)
-    # one vector for the model, every parameter at its own scale: of a hundred small ones some are lucky in PyTorch
-    scales = {parameter: true[parameter].abs().max() for parameter in true.keys() - nothing}
+    # one vector for the model, every parameter at its own scale: of a hundred small ones some are lucky in PyTorch.
+    # Those of queries and keys whose scores are almost alike are what is left of larger numbers that cancel.
+    scales = {parameter: true[parameter].abs().max().clamp(min=1e-3 * largest) for parameter in true.keys() - nothing}
 
     def joined(found: dict[str, Tensor]) -> Tensor:
         return torch.cat([(found[name] / scale.to(found[name])).flatten() for name, scale in scales.items()])
