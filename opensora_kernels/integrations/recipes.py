@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from . import blocks, convolutions, image_blocks, latent_norms, resampling
+from . import blocks, convolutions, decoders, image_blocks, latent_norms, resampling
 from .norms import norm_of
 from .rehearsals import (
     Forward,
@@ -29,6 +29,7 @@ from .rehearsals import (
     with_embedding,
     with_embedding_of_none,
     with_feature_list,
+    with_feature_list_of_decoder,
     with_latent,
     with_latent_and_returned_cache,
     with_layer_cache,
@@ -121,6 +122,11 @@ def _is_space_and_time(module: nn.Module) -> bool:
 
 def _is_wan(module: nn.Module) -> bool:
     return _is_conv3d(module, "_padding") and len(module._padding) == 6
+
+
+def _is_wan_decoder(module: nn.Module) -> bool:
+    names = ("mid_block", "up_blocks", "norm_out", "nonlinearity", "conv_in", "conv_out")
+    return _has(module, *names) and _is_wan(module.conv_in) and _is_wan(module.conv_out)
 
 
 def _is_minimax(module: nn.Module) -> bool:
@@ -285,6 +291,10 @@ RECIPES = (
     Recipe(
         lambda m: _has(m, "conv", "add_temporal_upsample", "repeats") and _pads_plainly(m.conv),
         resampling.upsample_with_shortcut, ("causal_conv3d",), once, ("conv", "conv.conv"), (1, 0, 3, 4, 4),
+    ),
+    Recipe(
+        _is_wan_decoder, decoders.forward_feature_list, ("a few frames at a time" + _ON_CPU,),
+        with_feature_list_of_decoder, ("conv_in", "conv_out"), (1, 0, 2, 2, 3),
     ),
     Recipe(blocks.keeps_frames_apart, blocks.forward_frames_apart, ("a few frames at a time",), of_frames_alone),
     Recipe(_is_downsampling, resampling.downsample_frames, ("causal_conv3d",), of_frames, ("0", "1")),

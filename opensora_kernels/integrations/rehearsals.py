@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .decoders import takes_first_chunk
+
 Forward = Callable[..., Any]
 Rehearsal = Callable[[nn.Module, Forward, Tensor], list[Tensor]]
 
@@ -49,6 +51,13 @@ def with_either(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
 def with_feature_list(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
     cache: list[Any] = [None] * 3
     return [forward(x), forward(x[:, :, :1], cache, [0]), forward(x, cache, [0]), forward(x, cache, [0])]
+
+
+def with_feature_list_of_decoder(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:
+    cache: list[Any] = [None] * sum(1 for _ in module.modules())
+    options = {"first_chunk": True} if takes_first_chunk(module) else {}
+    chunks = [forward(x[:, :, :1], cache, [0], **options), *(forward(x[:, :, 1:], cache, [0]) for _ in range(2))]
+    return [*chunks, *(place for place in cache if isinstance(place, Tensor))]
 
 
 def with_latent_and_returned_cache(module: nn.Module, forward: Forward, x: Tensor) -> list[Tensor]:

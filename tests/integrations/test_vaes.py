@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.families import FAMILIES, decode, encode
 from opensora_kernels import apply_opensora_kernels, cpu_steps
+from opensora_kernels.vae.memory import Ledger
 from tests.ops.accuracy import assert_accurate
 
 pytest.importorskip("diffusers", reason="the models are those of diffusers")
@@ -68,6 +71,39 @@ def test_steps_of_single_frames_decode_the_same(name: str, monkeypatch: pytest.M
     assert torch.equal(z, given)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * before.abs().max().item())
     assert torch.equal(after, again)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan_2.2", "qwen_image"])
+def test_steps_hold_less_of_the_last_levels(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_steps, "STEP_BYTES", 1)
+    levels = {"dim_mult": [1, 1, 1, 1], "temperal_downsample": [False, True, True]}
+    vae = replace(FAMILIES[name], arguments=FAMILIES[name].arguments | levels).build()
+    apply_opensora_kernels(vae)
+    vae.to("meta")
+
+    def peak() -> int:
+        with torch.no_grad(), Ledger(torch.device("cpu")) as ledger:
+            decode(vae, torch.empty(1, vae.config.z_dim, 3, 16, 16, device="meta"))
+        return ledger.peak
+
+    in_steps = peak()
+    del vae.decoder.forward
+    assert in_steps < 0.9 * peak()
+
+
+@pytest.mark.parametrize("name", ["wan", "qwen_image"])
+def test_an_image_is_not_convolved_with_the_zeros_before_it(name: str):
+    vae = FAMILIES[name].build().bfloat16()
+    z = torch.randn(1, vae.config.z_dim, 1, 8, 8, dtype=torch.bfloat16)
+
+    def operations() -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            decode(vae, z)
+        return counter.get_total_flops()
+
+    theirs = operations()
+    apply_opensora_kernels(vae)
+    assert operations() < 0.5 * theirs  # a third, and the convolutions of frames alone
 
 
 @pytest.mark.parametrize("name", WITH_TILES)

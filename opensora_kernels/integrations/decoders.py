@@ -1,0 +1,64 @@
+"""Forwards of other people's decoders: the levels that keep the number of frames run a few frames at a time.
+
+These are the largest, and beside its caches a level then holds what one step makes, not what a whole chunk does.
+
+Axes: B batch, C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .convolutions import run_padding_tuple
+from .steps import frame_steps, may_write
+
+
+def forward_feature_list(
+    self: nn.Module,
+    x: Tensor,
+    feat_cache: list[Any] | None = None,
+    feat_idx: list[int] | None = None,
+    first_chunk: bool = False,
+) -> Tensor:
+    """Wan, Qwen-Image: `feat_cache[feat_idx[0]]` holds the earlier frames of the convolution that comes next."""
+    feat_idx = [0] if feat_idx is None else feat_idx
+    places: dict[str, Any] = {"feat_cache": feat_cache, "feat_idx": feat_idx}
+    options = {"first_chunk": first_chunk} if takes_first_chunk(self) else {}
+    if feat_cache is None or not may_write(x):
+        return type(self).forward(self, x, **places, **options)
+    x = _convolve(self.conv_in, x, feat_cache, feat_idx)
+    x = self.mid_block(x, **places)
+    blocks = list(self.up_blocks)
+    num_in_time = max((index + 1 for index, block in enumerate(blocks) if _upsamples_time(block)), default=0)
+    for block in blocks[:num_in_time]:
+        x = block(x, **places, **options)
+
+    first_place, made = feat_idx[0], []
+    for frames in frame_steps(x, 1):
+        feat_idx[0] = first_place
+        hidden = x[:, :, frames]
+        for block in blocks[num_in_time:]:
+            hidden = block(hidden, **places, **options)
+        hidden = self.nonlinearity(self.norm_out(hidden))
+        made.append(_convolve(self.conv_out, hidden, feat_cache, feat_idx))
+    return torch.cat(made, 2)
+
+
+def takes_first_chunk(decoder: nn.Module) -> bool:
+    """Wan 2.2 adds a shortcut to each level, of which the first chunk drops frames."""
+    return "first_chunk" in inspect.signature(type(decoder).forward).parameters
+
+
+def _upsamples_time(block: nn.Module) -> bool:
+    return any(hasattr(part, "time_conv") for part in block.modules())
+
+
+def _convolve(conv: nn.Module, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
+    place = feat_idx[0]
+    x, feat_cache[place] = run_padding_tuple(conv, x, feat_cache[place])
+    feat_idx[0] += 1
+    return x
