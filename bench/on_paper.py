@@ -30,8 +30,8 @@ from opensora_kernels.vae.attention_rules import scaled_dot_product_attention
 from opensora_kernels.vae.memory import Ledger
 
 Row = dict[str, Any]
-# Frames of latents: caches are full and every kind of step has come.
-NUM_LATENTS = 5
+# Frames of latents: caches are full, every kind of step has come, and Allegro, which decodes six at a time, has some.
+NUM_LATENTS = 6
 
 
 def main(arguments: Sequence[str]) -> int:
