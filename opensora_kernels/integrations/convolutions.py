@@ -84,14 +84,17 @@ def _run_first_frame(
     residual: Tensor | None = None,
     may_overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """A third of the products, and no clip of zeros. The cache is the frame as the convolution reads it."""
+    """A third of the products, and no clip of zeros. The cache is the frame as the convolution reads it.
+
+    Under autocast a norm with weights in fp32 widens x, and the next chunk's x is like this one's.
+    """
     hidden = x if norm is None else apply_norm(norm, x, activation)
     if norm is None and activation is not None:
         hidden = nn.functional.silu(x)
     out = convolve(
         conv, hidden, ("zeros", conv._padding[:4]), slice(-1, None), time_padding="none", residual=residual
     )
-    return out, _last_frames(x, 1) if hidden is x else hidden
+    return out, _last_frames(x, 1) if hidden is x else hidden.to(x.dtype)
 
 
 # HunyuanVideo, HunyuanVideo 1.5, the Hunyuan image refiner: one F.pad for all sides, no cache.

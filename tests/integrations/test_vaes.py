@@ -73,6 +73,23 @@ def test_steps_of_single_frames_decode_the_same(name: str, monkeypatch: pytest.M
     assert torch.equal(after, again)
 
 
+@pytest.mark.parametrize("has_gradients", [False, True])
+@pytest.mark.parametrize("name", ["wan", "wan_2.2", "qwen_image"])
+def test_autocast_takes_a_cached_first_frame_as_it_takes_the_next(name: str, has_gradients: bool):
+    vae, frames = FAMILIES[name].build(), FAMILIES[name].frames()
+    plain = copy.deepcopy(vae)
+    true_z = encode(plain.double(), frames.double())
+    true_frames = decode(plain, true_z)
+    plain.float()
+    apply_opensora_kernels(vae)
+    with torch.set_grad_enabled(has_gradients), torch.autocast("cpu", torch.bfloat16):
+        z, before = encode(plain, frames), decode(plain, true_z.float())
+        after_z, after = encode(vae, frames), decode(vae, true_z.float())
+    assert (after_z.dtype, after.dtype) == (z.dtype, before.dtype)
+    assert_accurate(after_z, z, true_z, f"{name} encode", is_chain=True)
+    assert_accurate(after, before, true_frames, f"{name} decode", is_chain=True)
+
+
 @pytest.mark.parametrize("name", ["wan", "wan_2.2", "qwen_image"])
 def test_steps_hold_less_of_the_last_levels(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cpu_steps, "STEP_BYTES", 1)
