@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 STEP_BYTES = 8 << 20
 """Of frames that one step reads or makes. Smaller steps convolve frames one by one, where a window of three is
 reordered three times; larger ones leave the cache."""
 
+_is_by_frame: ContextVar[bool] = ContextVar("is_by_frame", default=False)
+
+
+@contextmanager
+def frame_by_frame() -> Iterator[None]:
+    """One frame in each step, however small: what a large clip runs, on one that costs nothing."""
+    token = _is_by_frame.set(True)
+    try:
+        yield
+    finally:
+        _is_by_frame.reset(token)
+
 
 def frames_at_once(frame_bytes: int) -> int:
     """Frames in a step, of `frame_bytes` each."""
-    return max(1, STEP_BYTES // max(1, frame_bytes))
+    return 1 if _is_by_frame.get() else max(1, STEP_BYTES // max(1, frame_bytes))

@@ -91,9 +91,7 @@ def _run_first_frame(
     hidden = x if norm is None else apply_norm(norm, x, activation)
     if norm is None and activation is not None:
         hidden = nn.functional.silu(x)
-    out = convolve(
-        conv, hidden, ("zeros", conv._padding[:4]), slice(-1, None), time_padding="none", residual=residual
-    )
+    out = convolve(conv, hidden, ("zeros", conv._padding[:4]), slice(-1, None), time_padding="none", residual=residual)
     return out, _last_frames(x, 1) if hidden is x else hidden.to(x.dtype)
 
 

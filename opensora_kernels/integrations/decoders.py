@@ -7,7 +7,6 @@ Axes: B batch, C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -22,18 +21,21 @@ def forward_feature_list(
     x: Tensor,
     feat_cache: list[Any] | None = None,
     feat_idx: list[int] | None = None,
-    first_chunk: bool = False,
+    first_chunk: bool | None = None,
 ) -> Tensor:
-    """Wan, Qwen-Image: `feat_cache[feat_idx[0]]` holds the earlier frames of the convolution that comes next."""
+    """Wan, Qwen-Image: `feat_cache[feat_idx[0]]` holds the earlier frames of the convolution that comes next.
+
+    Levels are told of `first_chunk` where the decoder is: those of Wan 2.2 then drop frames of their shortcut.
+    """
     feat_idx = [0] if feat_idx is None else feat_idx
     places: dict[str, Any] = {"feat_cache": feat_cache, "feat_idx": feat_idx}
-    options = {"first_chunk": first_chunk} if takes_first_chunk(self) else {}
+    options = {} if first_chunk is None else {"first_chunk": first_chunk}
     if feat_cache is None or not may_write(x):
         return type(self).forward(self, x, **places, **options)
     x = _convolve(self.conv_in, x, feat_cache, feat_idx)
     x = self.mid_block(x, **places)
     blocks = list(self.up_blocks)
-    num_in_time = max((index + 1 for index, block in enumerate(blocks) if _upsamples_time(block)), default=0)
+    num_in_time = num_levels_in_time(self)
     for block in blocks[:num_in_time]:
         x = block(x, **places, **options)
 
@@ -48,13 +50,12 @@ def forward_feature_list(
     return torch.cat(made, 2)
 
 
-def takes_first_chunk(decoder: nn.Module) -> bool:
-    """Wan 2.2 adds a shortcut to each level, of which the first chunk drops frames."""
-    return "first_chunk" in inspect.signature(type(decoder).forward).parameters
-
-
-def _upsamples_time(block: nn.Module) -> bool:
-    return any(hasattr(part, "time_conv") for part in block.modules())
+def num_levels_in_time(decoder: nn.Module) -> int:
+    """Levels up to the last one that doubles the frames of a chunk."""
+    levels = enumerate(decoder.up_blocks, start=1)
+    return max(
+        (number for number, level in levels if any(hasattr(part, "time_conv") for part in level.modules())), default=0
+    )
 
 
 def _convolve(conv: nn.Module, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:

@@ -126,7 +126,10 @@ def _is_wan(module: nn.Module) -> bool:
 
 def _is_wan_decoder(module: nn.Module) -> bool:
     names = ("mid_block", "up_blocks", "norm_out", "nonlinearity", "conv_in", "conv_out")
-    return _has(module, *names) and _is_wan(module.conv_in) and _is_wan(module.conv_out)
+    if not _has(module, *names) or not _is_wan(module.conv_in) or not _is_wan(module.conv_out):
+        return False
+    # its owner gives it one frame at a time: if no level doubles them there is nothing to take in steps
+    return isinstance(module.up_blocks, nn.ModuleList) and decoders.num_levels_in_time(module) > 0
 
 
 def _is_minimax(module: nn.Module) -> bool:

@@ -18,7 +18,13 @@ from opensora_kernels.integrations.recipes import recipe_of
 from opensora_kernels.integrations.report import is_patched
 
 pytest.importorskip("diffusers", reason="the models are those of diffusers")
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanDecoder3d,
+    WanResidualBlock,
+    WanRMS_norm,
+    WanUpBlock,
+)
 
 
 class ByAttribute(WanResidualBlock):
@@ -62,6 +68,17 @@ class ByParameter(WanResidualBlock):
 class Loud(WanRMS_norm):
     def forward(self, x: Tensor, *cache: Any) -> Tensor:
         return super().forward(x, *cache) * 2
+
+
+class AcrossFrames(WanUpBlock):
+    def forward(self, x: Tensor, *cache: Any, **options: Any) -> Tensor:
+        x = super().forward(x, *cache, **options)
+        return x + x.mean(2, keepdim=True)
+
+
+class OfAnyArguments(WanDecoder3d):
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        return super().forward(*args, **options)
 
 
 @pytest.mark.parametrize("block", [ByAttribute, ByBuffer, ByFunction])
@@ -127,6 +144,39 @@ def test_a_norm_of_the_last_axis_at_the_end_of_a_decoder_runs_a_few_frames_at_a_
         found = norm(x)
     torch.testing.assert_close(found, expected)
     assert found.stride() == x.stride()  # frames stay behind one another, as the convolution wants them
+
+
+def test_a_decoder_whose_last_level_looks_across_frames_is_not_taken_in_steps(monkeypatch: pytest.MonkeyPatch):
+    vae, z = FAMILIES["wan"].build(), torch.randn(1, 4, 3, 4, 4)
+    vae.decoder.up_blocks[-1].__class__ = AcrossFrames
+    with torch.no_grad():
+        before = decode(vae, z)
+        apply_opensora_kernels(vae)
+        monkeypatch.setattr(cpu_steps, "STEP_BYTES", 1)
+        torch.testing.assert_close(decode(vae, z), before, rtol=1e-4, atol=1e-4)
+    assert not is_patched(vae.decoder)
+
+
+def test_a_decoder_that_leaves_other_caches_keeps_its_forward():
+    vae, z = FAMILIES["wan"].build(), torch.randn(1, 4, 3, 4, 4)
+    conv = vae.decoder.conv_out
+    vae.decoder.conv_out = WanCausalConv3d(conv.in_channels, conv.out_channels, (1, 3, 3), padding=(0, 1, 1))
+    with torch.no_grad():
+        before = decode(vae, z)
+        report = apply_opensora_kernels(vae)
+        torch.testing.assert_close(decode(vae, z), before, rtol=1e-4, atol=1e-4)
+    assert "caches" in next(entry.reason for entry in report.entries if entry.name == "decoder")
+
+
+def test_a_decoder_that_hands_all_arguments_on_is_told_of_the_first_chunk():
+    vae, z = FAMILIES["wan_2.2"].build(), torch.randn(1, 4, 3, 4, 4)
+    vae.decoder.__class__ = OfAnyArguments
+    with torch.no_grad():
+        before = decode(vae, z)
+        apply_opensora_kernels(vae)
+        assert is_patched(vae.decoder)
+        torch.testing.assert_close(decode(vae, z), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decode(vae, z), before, rtol=1e-4, atol=1e-4)  # with gradients, by its own forward
 
 
 def test_undo_leaves_what_others_put_on_top_and_names_the_module():
