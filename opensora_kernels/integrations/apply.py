@@ -101,7 +101,7 @@ def _transformers_of(model: nn.Module) -> ModuleType | None:
 def _why_not(module: nn.Module, recipe: Recipe, verdicts: dict[Any, str | None]) -> str | None:
     reason = why_untouchable(module)
     children = dict(module.named_modules()) if recipe.parts else {}
-    for name in recipe.parts:
+    for name in [name for name in children if name] if recipe.shows_parts else recipe.parts:
         if reason is None and name in children and why_untouchable(children[name]):
             reason = f"{name}: {why_untouchable(children[name])}"
     if reason is not None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .convolutions import run_padding_tuple
-from .steps import frame_steps, may_write
+from .report import why_untouchable
+from .steps import frame_steps, is_on_cpu, may_write
 
 
 def forward_feature_list(
@@ -30,7 +31,7 @@ def forward_feature_list(
     feat_idx = [0] if feat_idx is None else feat_idx
     places: dict[str, Any] = {"feat_cache": feat_cache, "feat_idx": feat_idx}
     options = {} if first_chunk is None else {"first_chunk": first_chunk}
-    if feat_cache is None or not may_write(x):
+    if feat_cache is None or not may_write(x) or not is_on_cpu(x) or _needs_whole_chunks(self):
         return type(self).forward(self, x, **places, **options)
     x = _convolve(self.conv_in, x, feat_cache, feat_idx)
     x = self.mid_block(x, **places)
@@ -48,6 +49,13 @@ def forward_feature_list(
         hidden = self.nonlinearity(self.norm_out(hidden))
         made.append(_convolve(self.conv_out, hidden, feat_cache, feat_idx))
     return torch.cat(made, 2)
+
+
+def _needs_whole_chunks(decoder: nn.Module) -> bool:
+    """Whether somebody looks into a part, or a part draws random numbers: either would show that there are steps."""
+    parts = [part for part in decoder.modules() if part is not decoder]
+    has_dropout = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in parts)
+    return has_dropout or any(why_untouchable(part) is not None for part in parts)
 
 
 def num_levels_in_time(decoder: nn.Module) -> int:

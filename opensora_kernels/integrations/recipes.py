@@ -42,7 +42,8 @@ from .rehearsals import (
 class Recipe:
     """operators: what the forward runs. rehearse: calls a forward of the module as its owner does and returns every
     result. parts: children whose own forward is not called any more. shape: of the input, (B, C or 0, T, H, W), where 0
-    is the channels that the first convolution reads."""
+    is the channels that the first convolution reads. shows_parts: what is inside is called in other ways than its own
+    forward does, which a hook there would see."""
 
     matches: Callable[[nn.Module], bool]
     forward: Forward
@@ -50,6 +51,7 @@ class Recipe:
     rehearse: Rehearsal
     parts: tuple[str, ...] = ()
     shape: tuple[int, ...] = (1, 0, 3, 6, 6)
+    shows_parts: bool = False
 
 
 def recipe_of(module: nn.Module, more: tuple[Recipe, ...] = ()) -> Recipe | None:
@@ -297,7 +299,7 @@ RECIPES = (
     ),
     Recipe(
         _is_wan_decoder, decoders.forward_feature_list, ("a few frames at a time" + _ON_CPU,),
-        with_feature_list_of_decoder, ("conv_in", "conv_out"), (1, 0, 2, 2, 3),
+        with_feature_list_of_decoder, ("conv_in", "conv_out"), (1, 0, 2, 2, 3), shows_parts=True,
     ),
     Recipe(blocks.keeps_frames_apart, blocks.forward_frames_apart, ("a few frames at a time",), of_frames_alone),
     Recipe(_is_downsampling, resampling.downsample_frames, ("causal_conv3d",), of_frames, ("0", "1")),

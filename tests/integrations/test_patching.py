@@ -179,6 +179,40 @@ def test_a_decoder_that_hands_all_arguments_on_is_told_of_the_first_chunk():
     torch.testing.assert_close(decode(vae, z), before, rtol=1e-4, atol=1e-4)  # with gradients, by its own forward
 
 
+@pytest.mark.parametrize("comes_later", [False, True])
+@pytest.mark.parametrize("part", ["conv_in", "up_blocks.1", "up_blocks.1.resnets.0", "conv_out"])
+def test_a_hook_inside_a_decoder_sees_whole_chunks(part: str, comes_later: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_steps, "STEP_BYTES", 1)
+    vae, z, seen = FAMILIES["wan"].build(), torch.randn(1, 4, 3, 4, 4), []
+    if comes_later:
+        apply_opensora_kernels(vae)
+    vae.decoder.get_submodule(part).register_forward_hook(lambda module, inputs, out: seen.append(out.shape[2]))
+    if not comes_later:
+        report = apply_opensora_kernels(vae)
+        assert not seen
+        assert f"{part}: it has forward hooks" in next(e.reason for e in report.left if e.name == "decoder")
+    with torch.no_grad():
+        decode(vae, z)
+    assert seen == ([1, 1, 1] if part == "conv_in" else [1, 2, 2])
+
+
+def test_dropout_inside_a_decoder_draws_for_whole_chunks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_steps, "STEP_BYTES", 1)
+    vae, z = FAMILIES["wan"].build().train(), torch.randn(1, 4, 3, 4, 4)
+    for block in vae.decoder.modules():
+        if isinstance(block, WanResidualBlock):
+            block.dropout.p = 0.5
+
+    def run() -> Tensor:
+        torch.manual_seed(5)
+        with torch.no_grad():
+            return decode(vae, z)
+
+    before = run()
+    apply_opensora_kernels(vae)
+    torch.testing.assert_close(run(), before, rtol=1e-4, atol=1e-4)
+
+
 def test_undo_leaves_what_others_put_on_top_and_names_the_module():
     vae = FAMILIES["hunyuan_video"].build()
     report = apply_opensora_kernels(vae)
