@@ -22,6 +22,7 @@ from .norms import apply_norm
 
 # What conv3d and F.pad call a padding, and what causal_conv3d does.
 _SPACE = {"zeros": "zeros", "constant": "zeros", "replicate": "replicate", "reflect": "reflect"}
+_LAST_TAP = slice(-1, None)
 
 Run = Callable[..., tuple[Tensor, Any]]
 
@@ -65,7 +66,9 @@ def run_padding_tuple(conv: nn.Conv3d, x: Tensor, cache: Tensor | None, **fused:
 
 def forward_padding_tuple(self: nn.Module, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     pads, num_front = self._padding[:4], self._padding[4]
-    if num_front == 0 or (cache_x is None and not _reads_one_frame(self, x)):
+    if cache_x is None and _reads_one_frame(self, x):
+        return convolve(self, x, ("zeros", pads), _LAST_TAP, time_padding="none")
+    if num_front == 0 or cache_x is None:
         return convolve(self, x, ("zeros", pads), time_pad=num_front)
     return run_padding_tuple(self, x, cache_x)[0]
 
@@ -91,7 +94,7 @@ def _run_first_frame(
     hidden = x if norm is None else apply_norm(norm, x, activation)
     if norm is None and activation is not None:
         hidden = nn.functional.silu(x)
-    out = convolve(conv, hidden, ("zeros", conv._padding[:4]), slice(-1, None), time_padding="none", residual=residual)
+    out = convolve(conv, hidden, ("zeros", conv._padding[:4]), _LAST_TAP, time_padding="none", residual=residual)
     return out, _last_frames(x, 1) if hidden is x else hidden.to(x.dtype)
 
 
