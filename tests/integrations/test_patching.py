@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.families import FAMILIES, decode, encode
-from opensora_kernels import apply_opensora_kernels, causal_conv3d, cpu_steps, upsample_conv3d
+from opensora_kernels import apply_opensora_kernels, causal_conv3d, cpu_convolution, cpu_steps, upsample_conv3d
 from opensora_kernels.integrations.comparison import likeness
 from opensora_kernels.integrations.recipes import recipe_of
 from opensora_kernels.integrations.report import is_patched
@@ -300,6 +300,18 @@ def test_an_fp32_clip_of_any_size_is_not_unfolded(run: Any, size: tuple[int, ...
     names = {event.key for event in profile.key_averages()}
     assert "aten::mkldnn_convolution" in names
     assert not any("slow_conv" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("num_channels", "size", "is_reordered"),
+    [(1024, (1, 31, 33), False), (1024, (1, 32, 32), True), (512, (1, 4, 4), True)],
+)
+def test_weights_are_not_reordered_for_fewer_positions_than_outputs(
+    num_channels: int, size: tuple[int, ...], is_reordered: bool
+):
+    weight = torch.empty(num_channels, num_channels, 3, 3, 3, device="meta")
+    x = torch.empty(1, num_channels, *size, device="meta")
+    assert cpu_convolution.is_for_onednn(x, weight, None) is is_reordered
 
 
 def _transformer() -> nn.Module:
