@@ -103,8 +103,8 @@ def device_page(folder: Path) -> str:
         if (folder / f"{name}.json").exists():
             parts += section(read(folder / f"{name}.json"))
             parts += [_picture(path) for path in [folder / OF_SECTIONS[name]] if path.exists()]
-    if (folder / "plain_causal_vae.json").exists():
-        parts += plain_section(read(folder / "plain_causal_vae.json"))
+    for path in sorted(folder.glob("plain_causal_vae*.json")):
+        parts += plain_section(read(path))
     if (folder / "plain_open_sora_vae.json").exists():
         parts += decode_section(read(folder / "plain_open_sora_vae.json"))
     if (folder / "norm_and_pad.json").exists():
