@@ -11,6 +11,21 @@ STEP_BYTES = 8 << 20
 reordered three times; larger ones leave the cache."""
 
 _is_by_frame: ContextVar[bool] = ContextVar("is_by_frame", default=False)
+_is_counted: ContextVar[bool] = ContextVar("is_counted", default=False)
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """What runs inside only shows what it would take, and is not recorded for other frames: it takes its steps."""
+    token = _is_counted.set(True)
+    try:
+        yield
+    finally:
+        _is_counted.reset(token)
+
+
+def is_counted() -> bool:
+    return _is_counted.get()
 
 
 @contextmanager

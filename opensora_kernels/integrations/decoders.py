@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .convolutions import run_padding_tuple
 from .report import why_untouchable
-from .steps import frame_steps, is_on_cpu, may_write
+from .steps import frame_steps, is_on_cpu, may_take_steps
 
 
 def forward_feature_list(
@@ -31,7 +31,7 @@ def forward_feature_list(
     feat_idx = [0] if feat_idx is None else feat_idx
     places: dict[str, Any] = {"feat_cache": feat_cache, "feat_idx": feat_idx}
     options = {} if first_chunk is None else {"first_chunk": first_chunk}
-    if feat_cache is None or not may_write(x) or not is_on_cpu(x) or _needs_whole_chunks(self):
+    if feat_cache is None or not may_take_steps(x) or not is_on_cpu(x) or _needs_whole_chunks(self):
         return type(self).forward(self, x, **places, **options)
     x = _convolve(self.conv_in, x, feat_cache, feat_idx)
     x = self.mid_block(x, **places)
@@ -41,7 +41,7 @@ def forward_feature_list(
         x = block(x, **places, **options)
 
     first_place, made = feat_idx[0], []
-    for frames in frame_steps(x, 1):
+    for frames in frame_steps(x, 1, may_take_steps):
         feat_idx[0] = first_place
         hidden = x[:, :, frames]
         for block in blocks[num_in_time:]:

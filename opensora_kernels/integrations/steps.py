@@ -10,12 +10,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opensora_kernels.cpu_steps import frames_at_once
+from opensora_kernels.cpu_steps import frames_at_once, is_counted
 
 
 def may_write(x: Tensor) -> bool:
     """Whoever records the forward, or differentiates it, wants a result of each step."""
     return type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def may_take_steps(x: Tensor) -> bool:
+    """The same for a forward that only makes its results part by part."""
+    is_free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return may_write(x) or (is_counted() and is_free)
 
 
 def is_on_cpu(x: Tensor) -> bool:
@@ -30,10 +36,10 @@ def add(x: Tensor, *terms: Tensor) -> Tensor:
     return x
 
 
-def frame_steps(x: Tensor, num_least: int) -> list[slice]:
+def frame_steps(x: Tensor, num_least: int, may: Callable[[Tensor], bool] = may_write) -> list[slice]:
     """Slices of the frames of x_BCTHW, the first of at least `num_least`: steps on a CPU, elsewhere all of them."""
     num_frames = x.shape[2]
-    if not may_write(x) or not is_on_cpu(x) or not x.numel():
+    if not may(x) or not is_on_cpu(x) or not x.numel():
         return [slice(0, num_frames)]
     each = frames_at_once(x.nbytes // num_frames)
     stops = [*range(max(each, num_least), num_frames, each), num_frames]

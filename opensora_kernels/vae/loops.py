@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_kernels.cpu_steps import counted
+
 from .clip import CannotRecord, clip_of
 from .inference import inference, on_paper
 from .memory import Ledger
@@ -94,7 +96,7 @@ def foresee(
     place = torch.device("meta") if is_on_meta(loop) else device
     ledger, state = Ledger(device), None
     cost, num_frames = 0.0, 0
-    with on_paper(device), ledger:
+    with on_paper(device), counted(), ledger:
         for length, times in _different(spans, num_looked_at):
             before = ledger.cost
             with ledger.paused():  # frames of the clip are there already

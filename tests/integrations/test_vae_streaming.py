@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from bench.families import FAMILIES
 from opensora_kernels import apply_opensora_kernels
+from opensora_kernels.cpu_steps import frame_by_frame
 from opensora_kernels.vae import (
     Streaming,
     Tiled,
@@ -26,6 +28,7 @@ from opensora_kernels.vae import (
     gather,
     plan_tiles,
 )
+from opensora_kernels.vae.memory import Ledger
 from tests.ops.accuracy import assert_accurate
 from tests.vae.live_bytes import LiveBytes
 
@@ -237,6 +240,23 @@ def test_an_encoder_streams_from_step_to_step_too():
     peak, streamed = peak_of(encode(encoder, x, plan=TilePlan(Streaming(1, by_layer=True))))
     assert peak <= 0.8 * own
     torch.testing.assert_close(gather(streamed), gather(chunks))  # fewer frames at once are summed in another order
+
+
+def test_a_plan_counts_the_steps_that_a_patched_decoder_takes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("opensora_kernels.vae.plan._LIBRARIES", 0)
+    levels = {"dim_mult": [1, 1, 1, 1], "temperal_downsample": [False, True, True]}
+    vae = replace(FAMILIES["wan"], arguments=FAMILIES["wan"].arguments | levels).build().requires_grad_(False)
+    apply_opensora_kernels(vae)
+    shape = (1, 4, 4, 16, 16)
+
+    with frame_by_frame():
+        planned = plan_tiles(vae, shape, "1GiB", torch.float32, strategies=[Streaming(1)]).peak_bytes
+        loop, state = decoder_of(vae.to("meta")), None
+        with torch.no_grad(), Ledger(torch.device("cpu")) as ledger:
+            for _ in range(shape[2]):
+                made, state = loop.step(torch.empty(1, 4, 1, 16, 16, device="meta"), state)
+                del made
+    assert 0.95 < planned / ledger.peak < 1.1
 
 
 def test_a_clip_of_many_steps_is_not_recorded_to_plan_it():
