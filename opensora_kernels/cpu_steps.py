@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 STEP_BYTES = 8 << 20
 """Of frames that one step reads or makes. Smaller steps convolve frames one by one, where a window of three is
 reordered three times; larger ones leave the cache."""
@@ -40,4 +42,6 @@ def frame_by_frame() -> Iterator[None]:
 
 def frames_at_once(frame_bytes: int) -> int:
     """Frames in a step, of `frame_bytes` each."""
-    return 1 if _is_by_frame.get() else max(1, STEP_BYTES // max(1, frame_bytes))
+    if not torch.compiler.is_compiling() and _is_by_frame.get():  # dynamo reads no context variables
+        return 1
+    return max(1, STEP_BYTES // max(1, frame_bytes))
