@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 DiscriminatorKind = Literal["2d", "3d", "3d-v1.0"]
 AXES = {2: "height and width", 3: "frames, height and width"}
@@ -88,7 +89,7 @@ class PatchDiscriminator(nn.Module):
 
     def _conv(self, in_channels: int, out_channels: int, stride: tuple[int, ...], *, bias: bool = True) -> nn.Module:
         kernel_size = 3 if self.kind == "3d" else 4
-        convolution = nn.Conv2d if self.num_axes == 2 else nn.Conv3d
+        convolution = nn.Conv2d if self.num_axes == 2 else _ClipConv
         layer = convolution(in_channels, out_channels, kernel_size, stride=stride, padding=1, bias=bias)
         nn.init.normal_(layer.weight, 0.0, 0.02)
         return layer
@@ -97,6 +98,20 @@ class PatchDiscriminator(nn.Module):
         layer = nn.BatchNorm2d(channels) if self.num_axes == 2 else nn.BatchNorm3d(channels)
         nn.init.normal_(layer.weight, 1.0, 0.02)
         return layer
+
+
+class _ClipConv(nn.Conv3d):
+    """Of a single frame the middle tap alone, which is all that reads it.
+
+    With padding around one frame and an odd number of channels, a bf16 convolution on a CPU with AMX reads memory that
+    nobody wrote (torch 2.13, oneDNN).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        middle, *padding = self.padding
+        if x.shape[2] > 1 or self.kernel_size[0] != 2 * middle + 1:
+            return super().forward(x)
+        return F.conv3d(x, self.weight[:, :, middle : middle + 1], self.bias, self.stride, (0, *padding))
 
 
 class ActNorm(nn.Module):

@@ -84,6 +84,19 @@ def test_the_2d_discriminator_judges_every_frame_by_itself_and_the_3d_one_does_n
     assert not torch.allclose(clips(x.flip(2)), clips(x).flip(2), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_3d_discriminator_judges_one_frame_as_a_frame_among_zeros(dtype: torch.dtype):
+    layer = PatchDiscriminator("3d", channels=4).main[0].to(dtype)
+    frame = clip(2, 3, 1, 16, 16).to(dtype)
+    _ = [torch.full((10**n,), torch.nan, dtype=dtype) for n in range(3, 7)]  # what memory that nobody wrote would hold
+    del _
+    zeros = torch.zeros_like(frame)
+    among = nn.functional.conv3d(
+        torch.cat([zeros, frame, zeros], 2).float(), layer.weight.float(), layer.bias.float(), layer.stride, (0, 1, 1)
+    )
+    torch.testing.assert_close(layer(frame).float(), among, rtol=0.02, atol=0.002)
+
+
 def test_actnorm_takes_its_first_values_from_the_first_training_batch_alone():
     norm, x = ActNorm(3), 5 + 3 * clip(4, 3, 6, 6)
     assert torch.equal(norm.eval()(x), x)
