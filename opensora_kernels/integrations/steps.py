@@ -21,7 +21,7 @@ def may_write(x: Tensor) -> bool:
 def may_take_steps(x: Tensor) -> bool:
     """The same for a forward that only makes its results part by part."""
     is_free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return may_write(x) or (is_counted() and is_free)
+    return may_write(x) or (is_free and is_counted())  # in this order: dynamo reads no context variables
 
 
 def is_on_cpu(x: Tensor) -> bool:

@@ -109,6 +109,20 @@ def test_steps_hold_less_of_the_last_levels(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["wan", "qwen_image"])
+def test_a_decoder_with_caches_compiles_to_one_graph(name: str):
+    vae, z = FAMILIES[name].build(), torch.randn(1, 4, 1, 3, 4)
+    apply_opensora_kernels(vae)
+    num_places = sum(1 for _ in vae.decoder.modules())
+
+    def first_frame(z: Tensor) -> Tensor:
+        return vae.decoder(z, [None] * num_places, [0])
+
+    with torch.no_grad():
+        found = torch.compile(first_frame, backend="eager", fullgraph=True)(z)
+        torch.testing.assert_close(found, first_frame(z), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wan", "qwen_image"])
 def test_an_image_is_not_convolved_with_the_zeros_before_it(name: str):
     vae = FAMILIES[name].build().bfloat16()
     z = torch.randn(1, vae.config.z_dim, 1, 8, 8, dtype=torch.bfloat16)
