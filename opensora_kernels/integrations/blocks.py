@@ -41,8 +41,7 @@ def _chain(
     if found is not None and per_frame is not None:
         found = replace(found, per_frame=per_frame)
     if dropout is not None and dropout.training and dropout.p > 0:  # stands between the norm and the convolution
-        hidden = F.silu(x) if found is None else apply_norm(found, x, "silu")
-        return run(conv, dropout(hidden), cache, residual=residual, **options)
+        return run(conv, dropout(apply_norm(found, x, "silu")), cache, residual=residual, **options)
     return run(conv, x, cache, norm=found, activation="silu", residual=residual, **options)
 
 

@@ -28,13 +28,14 @@ Run = Callable[..., tuple[Tensor, Any]]
 
 
 def convolve(
-    conv: nn.Conv3d, x: Tensor, space: tuple[str, Any] | None = None, taps: slice = slice(None), **options: Any
+    conv: nn.Conv3d, x: Tensor, space: tuple[str, Any] | None = None, taps: slice | None = None, **options: Any
 ) -> Any:
     """`causal_conv3d` with the weights of `conv` (some of its taps in time) and, unless `space` says otherwise, its
     padding in space."""
     mode, pads = space or (conv.padding_mode, _space_pad(conv))
+    weight = conv.weight if taps is None else conv.weight[:, :, taps]  # a view of all would be no parameter any more
     return causal_conv3d(
-        x, conv.weight[:, :, taps], conv.bias, stride=conv.stride, dilation=conv.dilation, groups=conv.groups,
+        x, weight, conv.bias, stride=conv.stride, dilation=conv.dilation, groups=conv.groups,
         space_padding=_SPACE[mode], space_pad=pads, **options,
     )  # fmt: skip
 
@@ -91,9 +92,7 @@ def _run_first_frame(
 
     Under autocast a norm with weights in fp32 widens x, and the next chunk's x is like this one's.
     """
-    hidden = x if norm is None else apply_norm(norm, x, activation)
-    if norm is None and activation is not None:
-        hidden = nn.functional.silu(x)
+    hidden = apply_norm(norm, x, activation)
     out = convolve(conv, hidden, ("zeros", conv._padding[:4]), _LAST_TAP, time_padding="none", residual=residual)
     return out, _last_frames(x, 1) if hidden is x else hidden.to(x.dtype)
 

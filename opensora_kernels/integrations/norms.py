@@ -6,6 +6,7 @@ Axes: B batch, C channels, T frames, H height, W width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora_kernels.norms import Norm
@@ -48,8 +49,10 @@ def _group(norm: nn.GroupNorm, per_frame: bool) -> Norm:
     return Norm("group", norm.weight, norm.bias, norm.num_groups, norm.eps, per_frame)
 
 
-def apply_norm(norm: Norm, x: Tensor, activation: str | None) -> Tensor:
-    """The norm and the activation of x (B, C, T, H, W) or (B, C, H, W), as one operator."""
+def apply_norm(norm: Norm | None, x: Tensor, activation: str | None) -> Tensor:
+    """The norm and the activation, if any, of x (B, C, T, H, W) or (B, C, H, W), as one operator."""
+    if norm is None:
+        return x if activation is None else F.silu(x)
     if norm.kind == "rms":
         return rms_norm_silu(x, norm.weight, norm.bias, eps=norm.eps, activation=activation)
     return group_norm_silu(
