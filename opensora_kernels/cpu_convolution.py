@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from opensora_kernels.flags import Flag
 from opensora_kernels.norms import memory_format
 
 NUM_ROWS = 20480
@@ -18,7 +18,7 @@ NUM_ROWS = 20480
 LARGE_WEIGHTS = 48 << 20
 """Bytes that oneDNN reorders at each call for longer than it then computes with them, if they serve few positions."""
 
-_is_foreseen: ContextVar[bool] = ContextVar("is_foreseen", default=False)
+_foreseen = Flag("foreseen")
 
 
 def conv3d(
@@ -84,19 +84,16 @@ def _convolve(
     """By oneDNN, of images or clips; on paper PyTorch's convolution stands for it."""
     if not x.is_meta:
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
-    token = _is_foreseen.set(True)
-    try:
+    with _foreseen():
         run = F.conv2d if x.dim() == 4 else F.conv3d
         return run(x, weight, bias, stride, padding, dilation, groups)
-    finally:
-        _is_foreseen.reset(token)
 
 
 def unfolds(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's convolution of x on a CPU, or on meta tensors for one, copies every window."""
     is_small = x.shape[0] == 1 and x.shape[:4].numel() <= NUM_ROWS
     is_simple = x.shape[1] == weight.shape[1] and min(weight.shape[-2:]) <= 3 and max(weight.shape[2:]) > 1
-    return x.dtype is torch.float32 and is_small and is_simple and not _is_foreseen.get()
+    return x.dtype is torch.float32 and is_small and is_simple and not _foreseen.is_on()
 
 
 def is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

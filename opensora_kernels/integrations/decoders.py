@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .convolutions import run_padding_tuple
 from .report import why_untouchable
-from .steps import frame_steps, is_on_cpu, may_take_steps
+from .steps import cpu_slices, is_on_cpu, may_take_steps
 
 
 def forward_feature_list(
@@ -41,7 +41,7 @@ def forward_feature_list(
         x = block(x, **places, **options)
 
     first_place, made = feat_idx[0], []
-    for frames in frame_steps(x, 1, may_take_steps):
+    for frames in cpu_slices(x, 1):
         feat_idx[0] = first_place
         hidden = x[:, :, frames]
         for block in blocks[num_in_time:]:

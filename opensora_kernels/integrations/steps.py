@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opensora_kernels.cpu_steps import frames_at_once, is_counted
+from opensora_kernels.cpu_steps import counted, frames_at_once
 
 
 def may_write(x: Tensor) -> bool:
@@ -20,8 +20,7 @@ def may_write(x: Tensor) -> bool:
 
 def may_take_steps(x: Tensor) -> bool:
     """The same for a forward that only makes its results part by part."""
-    is_free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return may_write(x) or (is_free and is_counted())  # in this order: dynamo reads no context variables
+    return may_write(x) or (counted.is_on() and not torch.is_grad_enabled())
 
 
 def is_on_cpu(x: Tensor) -> bool:
@@ -36,10 +35,15 @@ def add(x: Tensor, *terms: Tensor) -> Tensor:
     return x
 
 
-def frame_steps(x: Tensor, num_least: int, may: Callable[[Tensor], bool] = may_write) -> list[slice]:
+def frame_steps(x: Tensor, num_least: int) -> list[slice]:
     """Slices of the frames of x_BCTHW, the first of at least `num_least`: steps on a CPU, elsewhere all of them."""
+    return cpu_slices(x, num_least) if may_write(x) and is_on_cpu(x) else [slice(0, x.shape[2])]
+
+
+def cpu_slices(x: Tensor, num_least: int) -> list[slice]:
+    """Those of a CPU's steps, whoever takes them."""
     num_frames = x.shape[2]
-    if not may(x) or not is_on_cpu(x) or not x.numel():
+    if not x.numel():
         return [slice(0, num_frames)]
     each = frames_at_once(x.nbytes // num_frames)
     stops = [*range(max(each, num_least), num_frames, each), num_frames]
